@@ -1,0 +1,73 @@
+"""Drawn tissue with known truth, and no network beyond this machine."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from nuguide.types import Sample
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # real images, where a developer has them
+
+
+def draw_tissue(
+    seed: int = 0, size: tuple[int, int] = (256, 256), nuclei: int = 40, radius: tuple[float, float] = (7.0, 12.0)
+) -> tuple[np.ndarray, np.ndarray]:
+    """An H&E-like picture and its truth: purple ellipses, apart from each other, on pink stroma.
+
+    Returns image (H, W, 3) uint8 and labels (H, W) int32. Fewer than `nuclei` are drawn where there is no room.
+    """
+    rng = np.random.default_rng(seed)
+    height, width = size
+    stroma = cv2.GaussianBlur(rng.normal(0, 1, size), (0, 0), 6)
+    image = np.array([228.0, 170.0, 200.0]) + 60 * stroma[..., None] * np.array([0.4, 1.0, 0.6])
+    labels = np.zeros(size, np.int32)
+    taken = np.zeros(size, np.uint8)
+    for _ in range(nuclei * 20):
+        if labels.max() == nuclei:
+            break
+        axes = rng.uniform(*radius, 2)
+        centre = rng.uniform([0, 0], [width, height])
+        shape = ((float(centre[0]), float(centre[1])), (float(2 * axes[0]), float(2 * axes[1])), float(rng.uniform(0, 180)))
+        one = np.zeros(size, np.uint8)
+        cv2.ellipse(one, shape, 1, -1)
+        if not one.any() or (cv2.dilate(one, np.ones((5, 5), np.uint8)) & taken).any():
+            continue
+        taken |= one
+        labels[one > 0] = labels.max() + 1
+        chromatin = cv2.GaussianBlur(rng.normal(0, 1, size), (0, 0), 1.5)[one > 0]
+        image[one > 0] = np.array([95.0, 60.0, 140.0]) + rng.normal(0, 10, 3) + 25 * chromatin[:, None]
+    image = cv2.GaussianBlur(image, (0, 0), 0.7) + rng.normal(0, 3, image.shape)
+    return np.clip(image, 0, 255).astype(np.uint8), labels
+
+
+@pytest.fixture
+def tissue() -> Sample:
+    """256 x 256 drawn tissue at 0.5 microns per pixel."""
+    image, labels = draw_tissue()
+    return Sample(id="drawn", image_rgb=image, labels=labels, mpp=0.5, group="drawn")
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of real annotated images; the test is skipped where there is none."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the real images are not on this machine")
+    return SHARED_DATA
+
+
+@pytest.fixture(autouse=True)
+def only_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that reaches for another machine fails instead of hanging or downloading."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: object) -> None:
+        if isinstance(address, tuple) and address[0] not in {"127.0.0.1", "::1", "localhost"}:
+            raise OSError(f"tests stay on this machine; one tried to reach {address[0]}")
+        connect(self, address)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)

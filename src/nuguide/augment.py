@@ -1,0 +1,100 @@
+"""Augmentation drawn on the fly: geometry as one remapping, color as one look-up table plus a stain jitter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+# optical density of hematoxylin, eosin and residual (Ruifrok & Johnston 2001), rows of unit length
+STAINS = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]], np.float32)
+STAINS /= np.linalg.norm(STAINS, axis=1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How strongly a training patch is varied; every range is drawn from uniformly.
+
+    Attributes:
+        rotate: turn by any angle (else by quarter turns only, which a cached latent can follow).
+        scale: range of enlargement. elastic_px: largest shift of the elastic grid.
+        gamma, brightness, contrast: ranges of the intensity curve (brightness in 0..255).
+        clahe: probability of contrast-limited equalization of lightness.
+        stain: relative spread of the amount of each stain; stain_shift: spread of its base, in optical density.
+    """
+
+    rotate: bool = True
+    scale: tuple[float, float] = (0.75, 1.35)
+    elastic_px: float = 3.0
+    gamma: tuple[float, float] = (0.8, 1.25)
+    brightness: float = 12.0
+    contrast: tuple[float, float] = (0.85, 1.15)
+    clahe: float = 0.1
+    stain: float = 0.25
+    stain_shift: float = 0.06
+
+
+def augment(
+    image_rgb: np.ndarray, labels: np.ndarray, size: int, rng: np.random.Generator, how: Augmentation
+) -> tuple[np.ndarray, np.ndarray]:
+    """A random patch, `size` pixels square, of an image (H, W, 3) uint8 and its labels (H, W) int32.
+
+    The patch is centered anywhere inside; beyond the border the image is mirrored, labels with it.
+    """
+    x, y = geometry(image_rgb.shape[:2], size, rng, how)
+    patch = cv2.remap(image_rgb, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+    # float32 holds label values exactly up to 2^24; remap takes no int32
+    found = cv2.remap(labels.astype(np.float32), x, y, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REFLECT_101)
+    return recolor(patch, rng, how), found.astype(np.int32)
+
+
+def geometry(
+    shape: tuple[int, int], size: int, rng: np.random.Generator, how: Augmentation
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where each pixel of the patch comes from: x and y (size, size) float32, pixels of the image."""
+    height, width = shape
+    zoom = 1 / rng.uniform(*how.scale)
+    turn = rng.uniform(0, 2 * np.pi) if how.rotate else rng.integers(4) * np.pi / 2
+    flip = rng.choice([-1.0, 1.0])
+    reach = zoom * size / 2
+    centre = [rng.uniform(min(reach, side / 2), max(side - reach, side / 2)) - 0.5 for side in (width, height)]
+    line = np.arange(size, dtype=np.float32) - (size - 1) / 2
+    u, v = np.meshgrid(line * flip, line)
+    cos, sin = np.cos(turn) * zoom, np.sin(turn) * zoom
+    x = (cos * u - sin * v + centre[0]).astype(np.float32)
+    y = (sin * u + cos * v + centre[1]).astype(np.float32)
+    if how.elastic_px > 0:
+        coarse = rng.uniform(-how.elastic_px, how.elastic_px, (2, 6, 6)).astype(np.float32)
+        x += cv2.resize(coarse[0], (size, size), interpolation=cv2.INTER_CUBIC)
+        y += cv2.resize(coarse[1], (size, size), interpolation=cv2.INTER_CUBIC)
+    return x, y
+
+
+def recolor(image_rgb: np.ndarray, rng: np.random.Generator, how: Augmentation) -> np.ndarray:
+    """The image under another stain, exposure and contrast; (H, W, 3) uint8 in and out."""
+    if how.stain or how.stain_shift:
+        image_rgb = jitter_stain(image_rgb, rng, how.stain, how.stain_shift)
+    if rng.random() < how.clahe:
+        lab = cv2.cvtColor(image_rgb, cv2.COLOR_RGB2LAB)
+        lab[..., 0] = cv2.createCLAHE(clipLimit=2.0, tileGridSize=(8, 8)).apply(lab[..., 0])
+        image_rgb = cv2.cvtColor(lab, cv2.COLOR_LAB2RGB)
+    levels = np.arange(256, dtype=np.float32) / 255
+    curve = levels ** rng.uniform(*how.gamma)
+    curve = (curve - 0.5) * rng.uniform(*how.contrast) + 0.5
+    curve = curve * 255 + rng.uniform(-how.brightness, how.brightness)
+    return cv2.LUT(image_rgb, np.clip(np.rint(curve), 0, 255).astype(np.uint8))
+
+
+def jitter_stain(image_rgb: np.ndarray, rng: np.random.Generator, spread: float, shift: float) -> np.ndarray:
+    """The image with each stain's amount scaled by 1 +- `spread` and shifted by +- `shift` (Tellez 2018).
+
+    Optical density is -ln((I + 1) / 256); the change of stain amounts is one linear map of it, since
+    OD = amounts @ STAINS.
+    """
+    scale = rng.uniform(1 - spread, 1 + spread, 3)
+    base = rng.uniform(-shift, shift, 3)
+    matrix = np.linalg.inv(STAINS) @ np.diag(scale) @ STAINS
+    density = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)[image_rgb]
+    density = cv2.transform(density, np.column_stack([matrix.T, base @ STAINS]).astype(np.float32))
+    return np.clip(256 * np.exp(-density) - 1, 0, 255).astype(np.uint8)

@@ -1,0 +1,147 @@
+"""Samples to training patches: drawn on the fly, each a pure function of the seed and its place in the run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+
+from .augment import Augmentation, augment, recolor
+from .instances import targets
+from .latents import LatentCache
+from .resample import resampled_size, resize_image, resize_labels
+from .types import Sample
+
+
+class Batch(NamedTuple):
+    """image (B, 3, P, P) float32, RGB 0..255; target (B, 2, P, P) float32, `instances.CHANNELS`.
+
+    latent is (B, C, h, w) where it was read from a cache, else None.
+    """
+
+    image: Tensor
+    target: Tensor
+    latent: Tensor | None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One annotated image at the network's resolution: image (H, W, 3) uint8, labels (H, W) int32."""
+
+    id: str
+    group: str
+    image_rgb: np.ndarray
+    labels: np.ndarray
+
+
+def picture(sample: Sample, mpp: float) -> Picture:
+    """The sample at `mpp` microns per pixel."""
+    size = resampled_size(sample.labels.shape, sample.mpp, mpp)  # pyright: ignore[reportArgumentType]
+    labels = resize_labels(sample.labels, size).astype(np.int32)
+    return Picture(sample.id, sample.group, resize_image(sample.image_rgb, size), labels)
+
+
+def drawing_weights(groups: Sequence[str], balance: float) -> np.ndarray:
+    """How often to draw each picture, summing to 1: in proportion to its group's size to the power of -`balance`.
+
+    0 draws every picture alike, 1 every group.
+    """
+    sizes = Counter(groups)
+    weights = np.array([sizes[group] ** -balance for group in groups])
+    return weights / weights.sum()
+
+
+class Patches(Dataset):
+    """Patch number i of a run, for any i: the picture and its augmentation are drawn from (seed, i) alone.
+
+    Args:
+        pictures: what to draw from. patch_px: side of a patch.
+        how: the augmentation. balance: see `drawing_weights`.
+        guide, cache, pool: with a cache, each patch is cut on a fixed lattice and turned by quarter turns and flips
+            only, and its latent, read from the cache, with it; color varies for the network alone.
+    """
+
+    def __init__(
+        self,
+        pictures: Sequence[Picture],
+        patch_px: int,
+        how: Augmentation,
+        seed: int,
+        balance: float = 0.5,
+        guide: nn.Module | None = None,
+        cache: LatentCache | None = None,
+        pool: int | None = None,
+    ):
+        self.pictures, self.patch_px, self.how, self.seed = pictures, patch_px, how, seed
+        self.weights = drawing_weights([picture.group for picture in pictures], balance)
+        self.guide, self.cache, self.pool = guide, cache, pool
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, Tensor | None]:
+        rng = np.random.default_rng([self.seed, index])
+        drawn = self.pictures[rng.choice(len(self.pictures), p=self.weights)]
+        latent = None
+        if self.cache is None:
+            image, labels = augment(drawn.image_rgb, drawn.labels, self.patch_px, rng, self.how)
+        else:
+            assert self.guide is not None
+            image, labels = lattice_patch(drawn, self.patch_px, rng)
+            latent = self.cache.latent(self.guide, image, self.pool)
+            turns, flip = int(rng.integers(4)), bool(rng.integers(2))
+            image, labels = turned(image, turns, flip), turned(labels, turns, flip)
+            latent = torch.rot90(latent, turns, (1, 2))
+            latent = latent.flip(2) if flip else latent
+            image = recolor(image, rng, self.how)
+        return image, targets(labels), latent
+
+
+def turned(image: np.ndarray, turns: int, flip: bool) -> np.ndarray:
+    """An image (H, W, ...) after quarter turns and then, if asked, a flip from left to right."""
+    image = np.rot90(image, turns)
+    return np.ascontiguousarray(image[:, ::-1] if flip else image)
+
+
+def lattice_patch(drawn: Picture, patch_px: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A square patch at a multiple of half its side, mirrored where the picture is smaller."""
+    corner = []
+    for side in drawn.labels.shape:
+        places = [*range(0, max(side - patch_px, 0), patch_px // 2), max(side - patch_px, 0)]
+        corner.append(places[rng.integers(len(places))])
+    window = tuple(slice(start, start + patch_px) for start in corner)
+    missing = [max(patch_px - side, 0) for side in drawn.labels.shape]
+    image, labels = drawn.image_rgb[window], drawn.labels[window]
+    if any(missing):
+        below_right = [(0, pixels) for pixels in missing]
+        image = np.pad(image, [*below_right, (0, 0)], mode="symmetric")
+        labels = np.pad(labels, below_right, mode="symmetric")
+    return image, labels
+
+
+class Stretch(Sampler):
+    """The patch numbers of one epoch, so that a run resumed at an epoch draws what an unbroken one draws."""
+
+    def __init__(self, patches_per_epoch: int):
+        self.length, self.epoch = patches_per_epoch, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.epoch * self.length, (self.epoch + 1) * self.length))
+
+
+def collate(patches: Iterable[tuple[np.ndarray, np.ndarray, Tensor | None]]) -> Batch:
+    """Patches to one batch, channels last in memory."""
+    images, found, latents = zip(*patches, strict=True)
+    image = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
+    latent = None if latents[0] is None else torch.stack(latents).float()
+    return Batch(image, torch.from_numpy(np.stack(found)), latent)

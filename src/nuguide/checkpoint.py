@@ -1,0 +1,149 @@
+"""A model on disk: `model.safetensors`, `config.json` that rebuilds it, and a card for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .fusion import Guided, build_fusion
+from .guides import load_guide
+from .instances import CHANNELS
+from .networks import build_network
+from .types import UserError
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+MODELS = Path(__file__).parent / "models"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything that rebuilds a model, and where it comes from.
+
+    Attributes:
+        network, network_options: a name of `NETWORKS` and its arguments.
+        fusion, fusion_options: a name of `FUSIONS`, or None for a network without a guide. latent_dropout: of `Guided`.
+        guide, guide_weights, guide_px: a name of `GUIDES`, the id of its weights, and the side in pixels to which a
+            tile is resized for it (None: as it is).
+        mpp: microns per pixel the network works at. tile_px: side of the tiles it was trained on.
+        origin: training data, licenses, recipe, scores, code version; facts for people, read by no code.
+    """
+
+    network: str
+    network_options: dict = field(default_factory=dict)
+    fusion: str | None = None
+    fusion_options: dict = field(default_factory=dict)
+    latent_dropout: float = 0.0
+    guide: str | None = None
+    guide_weights: str | None = None
+    guide_px: int | None = None
+    mpp: float = 0.5
+    tile_px: int = 256
+    origin: dict = field(default_factory=dict)
+
+
+def build(spec: ModelSpec, guide_channels: int | None = None) -> nn.Module:
+    """The network of a spec with fresh weights: `Guided`, or a plain network where the spec names no fusion."""
+    network = build_network(spec.network, len(CHANNELS), **spec.network_options)
+    if spec.fusion is None:
+        return network
+    if guide_channels is None:
+        raise ValueError("a guided network needs the channels of its guide's latent")
+    fusion = build_fusion(spec.fusion, network.bottleneck_channels, guide_channels, **spec.fusion_options)
+    return Guided(network, fusion, spec.latent_dropout)
+
+
+def save(folder: Path, model: nn.Module, spec: ModelSpec, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a model folder; an existing one is replaced only once the new one is complete.
+
+    Floating-point tensors are stored as `dtype`; buffers that the code recomputes are not stored.
+    """
+    state = {
+        name: (value.detach().to(dtype) if value.is_floating_point() else value).cpu().contiguous()
+        for name, value in model.state_dict().items()
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+    try:
+        save_file(state, made / WEIGHTS)
+        (made / CONFIG).write_text(json.dumps(dataclasses.asdict(spec), indent=1) + "\n")
+        made.chmod(0o755)
+        folder.mkdir(exist_ok=True)
+        for file in made.iterdir():
+            os.replace(file, folder / file.name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be written ({error}); free some space or choose another folder") from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return folder
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder of a model given by name (of those that come with the package) or by path."""
+    if (folder := MODELS / str(name)).is_dir() and (folder / CONFIG).is_file():
+        return folder
+    path = Path(name)
+    if path.is_file() and path.name in {WEIGHTS, CONFIG}:
+        path = path.parent
+    if path.is_file():
+        raise UserError(
+            f"{path}: not a nuguide model; give a folder with {WEIGHTS} and {CONFIG} (pickled checkpoints are not "
+            "loaded, since loading one can run its code)"
+        )
+    if not path.is_dir():
+        names = ", ".join(sorted(folder.name for folder in MODELS.iterdir() if (folder / CONFIG).is_file()))
+        raise UserError(f"{name}: no such model; give one of {names}, or a folder with {WEIGHTS} and {CONFIG}")
+    for file in (WEIGHTS, CONFIG):
+        if not (path / file).is_file():
+            raise UserError(f"{path}: not a nuguide model, {file} is missing; give a folder that nuguide train wrote")
+    return path
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """The spec in a model folder; raises UserError where it is no valid one."""
+    try:
+        return ModelSpec(**json.loads((folder / CONFIG).read_text()))
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"{folder / CONFIG}: not a model description ({error}); train the model again") from error
+
+
+def load(name: str | Path) -> tuple[nn.Module, nn.Module | None, ModelSpec]:
+    """(model in evaluation mode with fp32 weights, its frozen guide or None, spec).
+
+    Raises UserError where the model is missing, broken, or not made for its description.
+    """
+    folder = model_folder(name)
+    spec = read_spec(folder)
+    guide = None
+    if spec.guide is not None:
+        random = (spec.guide_weights or "").startswith("random-")
+        weights = spec.guide_weights.replace("-", ":", 1) if random and spec.guide_weights else None
+        guide = load_guide(spec.guide, weights=weights, image_px=spec.guide_px)
+        if spec.guide_weights not in (None, guide.weights_id):
+            raise UserError(
+                f"{folder}: was trained with other weights of guide {spec.guide} ({spec.guide_weights}) than those "
+                f"found ({guide.weights_id}); put the weights it was trained with into the cache"
+            )
+    try:
+        model = build(spec, None if guide is None else guide.channels)
+        model.load_state_dict(_fp32(load_file(folder / WEIGHTS)))
+    except (SafetensorError, ValueError, TypeError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder / WEIGHTS}: cannot be loaded ({reason}); train or copy the model again") from error
+    return model.eval(), guide, spec
+
+
+def _fp32(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}

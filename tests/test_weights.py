@@ -1,4 +1,4 @@
-"""Weights files against a server on this machine: whole, cut, wrong, absent, resumed; and files that must be refused."""
+"""Weights files against a server on this machine: whole, cut, wrong, absent, resumed; and files to be refused."""
 
 from __future__ import annotations
 
@@ -235,9 +235,10 @@ def test_of_two_downloads_at_once_one_waits_for_the_other(server: Server, spec: 
 def test_a_full_disk_is_named(server: Server, spec: GuideSpec, cache: Path, monkeypatch: pytest.MonkeyPatch):
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
-    monkeypatch.setattr(weights, "_writable", lambda part, mode: open("/dev/full", "wb", buffering=0))
-    with pytest.raises(UserError, match="No space left") as caught:
-        find_weights(spec)
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        monkeypatch.setattr(weights, "_writable", lambda part, mode: full)
+        with pytest.raises(UserError, match="No space left") as caught:
+            find_weights(spec)
     assert "NUGUIDE_CACHE" in str(caught.value)
 
 

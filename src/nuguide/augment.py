@@ -58,12 +58,12 @@ def geometry(
     turn = rng.uniform(0, 2 * np.pi) if how.rotate else rng.integers(4) * np.pi / 2
     flip = rng.choice([-1.0, 1.0])
     reach = zoom * size / 2
-    centre = [rng.uniform(min(reach, side / 2), max(side - reach, side / 2)) - 0.5 for side in (width, height)]
+    center = [rng.uniform(min(reach, side / 2), max(side - reach, side / 2)) - 0.5 for side in (width, height)]
     line = np.arange(size, dtype=np.float32) - (size - 1) / 2
     u, v = np.meshgrid(line * flip, line)
     cos, sin = np.cos(turn) * zoom, np.sin(turn) * zoom
-    x = (cos * u - sin * v + centre[0]).astype(np.float32)
-    y = (sin * u + cos * v + centre[1]).astype(np.float32)
+    x = (cos * u - sin * v + center[0]).astype(np.float32)
+    y = (sin * u + cos * v + center[1]).astype(np.float32)
     if how.elastic_px > 0:
         coarse = rng.uniform(-how.elastic_px, how.elastic_px, (2, 6, 6)).astype(np.float32)
         x += cv2.resize(coarse[0], (size, size), interpolation=cv2.INTER_CUBIC)
@@ -97,4 +97,4 @@ def jitter_stain(image_rgb: np.ndarray, rng: np.random.Generator, spread: float,
     matrix = np.linalg.inv(STAINS) @ np.diag(scale) @ STAINS
     density = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)[image_rgb]
     density = cv2.transform(density, np.column_stack([matrix.T, base @ STAINS]).astype(np.float32))
-    return np.clip(256 * np.exp(-density) - 1, 0, 255).astype(np.uint8)
+    return np.clip(np.rint(256 * np.exp(-density) - 1), 0, 255).astype(np.uint8)

@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .augment import Augmentation, augment, recolor
+from .guides import FrozenGuide
+from .guides import FrozenGuide
 from .instances import targets
 from .latents import LatentCache
 from .resample import resampled_size, resize_image, resize_labels
@@ -74,7 +76,7 @@ class Patches(Dataset):
         how: Augmentation,
         seed: int,
         balance: float = 0.5,
-        guide: nn.Module | None = None,
+        guide: FrozenGuide | None = None,
         cache: LatentCache | None = None,
         pool: int | None = None,
     ):

@@ -65,29 +65,53 @@ def build(spec: ModelSpec, guide_channels: int | None = None) -> nn.Module:
 def save(folder: Path, model: nn.Module, spec: ModelSpec, dtype: torch.dtype = torch.float32) -> Path:
     """Write a model folder; an existing one is replaced only once the new one is complete.
 
-    Floating-point tensors are stored as `dtype`; buffers that the code recomputes are not stored.
+    Floating-point tensors are stored as `dtype`; buffers that the code recomputes are not stored. Other files in the
+    folder, such as a card, stay.
+
+    Raises:
+        UserError: the folder cannot be written; what stood there still does.
     """
-    state = {
-        name: (value.detach().to(dtype) if value.is_floating_point() else value).cpu().contiguous()
-        for name, value in model.state_dict().items()
-    }
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: stored(value, dtype) for name, value in model.state_dict().items()}
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+    new, old = made / "new", made / "old"
     try:
-        save_file(state, made / WEIGHTS)
-        (made / CONFIG).write_text(json.dumps(dataclasses.asdict(spec), indent=1) + "\n")
-        made.chmod(0o755)
-        folder.mkdir(exist_ok=True)
-        for file in made.iterdir():
-            os.replace(file, folder / file.name)
+        if folder.is_dir():
+            shutil.copytree(folder, new, ignore=shutil.ignore_patterns(WEIGHTS, CONFIG))
+        new.mkdir(exist_ok=True)
+        save_file(state, new / WEIGHTS)
+        (new / CONFIG).write_text(json.dumps(dataclasses.asdict(spec), indent=1) + "\n")
+        exchange(folder, new, old)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be written ({error}); free some space or choose another folder") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return folder
+
+
+def stored(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as it is written: as `dtype` if it holds fractions and all of them stay finite."""
+    value = value.detach().cpu().contiguous()
+    if not value.is_floating_point():
+        return value
+    small = value.to(dtype)
+    return small if bool(small.isfinite().all()) or not bool(value.isfinite().all()) else value
+
+
+def exchange(folder: Path, new: Path, old: Path) -> None:
+    """Put `new` where `folder` is, if it is anywhere, and that to `old`; a failure puts it back."""
+    there = folder.is_dir()
+    if there:
+        os.replace(folder, old)
+    try:
+        os.replace(new, folder)
+    except OSError:
+        if there:
+            os.replace(old, folder)
+        raise
 
 
 def model_folder(name: str | Path) -> Path:
@@ -103,8 +127,8 @@ def model_folder(name: str | Path) -> Path:
             "loaded, since loading one can run its code)"
         )
     if not path.is_dir():
-        names = ", ".join(sorted(folder.name for folder in MODELS.iterdir() if (folder / CONFIG).is_file()))
-        raise UserError(f"{name}: no such model; give one of {names}, or a folder with {WEIGHTS} and {CONFIG}")
+        names = "".join(f"{config.parent.name}, " for config in sorted(MODELS.glob(f"*/{CONFIG}")))
+        raise UserError(f"{name}: no such model; give {names}or a folder with {WEIGHTS} and {CONFIG}")
     for file in (WEIGHTS, CONFIG):
         if not (path / file).is_file():
             raise UserError(f"{path}: not a nuguide model, {file} is missing; give a folder that nuguide train wrote")
@@ -128,9 +152,12 @@ def load(name: str | Path) -> tuple[nn.Module, nn.Module | None, ModelSpec]:
     spec = read_spec(folder)
     guide = None
     if spec.guide is not None:
-        random = (spec.guide_weights or "").startswith("random-")
-        weights = spec.guide_weights.replace("-", ":", 1) if random and spec.guide_weights else None
-        guide = load_guide(spec.guide, weights=weights, image_px=spec.guide_px)
+        named = str(spec.guide_weights)
+        weights = named.replace("-", ":", 1) if named.startswith("random-") else None
+        try:
+            guide = load_guide(spec.guide, weights=weights, image_px=spec.guide_px)
+        except ValueError as error:
+            raise UserError(f"{folder / CONFIG}: not a model description ({error}); train the model again") from error
         if spec.guide_weights not in (None, guide.weights_id):
             raise UserError(
                 f"{folder}: was trained with other weights of guide {spec.guide} ({spec.guide_weights}) than those "
@@ -140,7 +167,7 @@ def load(name: str | Path) -> tuple[nn.Module, nn.Module | None, ModelSpec]:
         model = build(spec, None if guide is None else guide.channels)
         model.load_state_dict(_fp32(load_file(folder / WEIGHTS)))
     except (SafetensorError, ValueError, TypeError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder / WEIGHTS}: cannot be loaded ({reason}); train or copy the model again") from error
     return model.eval(), guide, spec
 

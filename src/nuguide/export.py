@@ -63,7 +63,7 @@ def write_labels(path: Path, labels: np.ndarray, mpp: float) -> Path:
     if labels.size and not 0 <= labels.min() <= labels.max() < 2**32:
         raise ValueError(f"labels go from {labels.min()} to {labels.max()}: they must fit into uint32")
     per_cm = 10_000 / mpp
-    with _replacing(path) as file:
+    with replacing(path) as file:
         tifffile.imwrite(
             file,
             labels.astype(np.uint32, copy=False),
@@ -92,7 +92,7 @@ def write_geojson(path: Path, rings: dict[int, np.ndarray], table: pd.DataFrame,
     """
     if list(rings) != table["id"].tolist():
         raise ValueError(f"{len(rings)} rings, {len(table)} rows: they must be of the same nuclei in the same order")
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(b'{"type":"FeatureCollection","features":[')
         file.writelines(text.encode() for text in _features(rings, table, image_name))
         file.write(b"]}\n")
@@ -104,7 +104,7 @@ def write_table(path: Path, table: pd.DataFrame) -> Path:
     decimals = {
         column: _DECIMALS.get(column, _OTHER_DECIMALS) for column in table.columns if table[column].dtype.kind == "f"
     }
-    with _replacing(path) as file:
+    with replacing(path) as file:
         table.round(decimals).to_csv(file, index=False, lineterminator="\n")
     return path
 
@@ -112,7 +112,7 @@ def write_table(path: Path, table: pd.DataFrame) -> Path:
 def write_overlay(path: Path, image_rgb: np.ndarray, rings: dict[int, np.ndarray]) -> Path:
     """`overlay` as PNG, packed for speed: a tenth larger than the smallest file, in half the time."""
     picture_bgr = cv2.cvtColor(overlay(image_rgb, rings), cv2.COLOR_RGB2BGR)
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(cv2.imencode(".png", picture_bgr, [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE])[1].data)
     return path
 
@@ -262,7 +262,7 @@ _REMEDIES = {
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which becomes `path` when the block ends well and vanishes when it does not."""
     part = path.parent / f".{uuid.uuid4().hex}.part"  # hidden, so that no reader takes it for an image
     try:

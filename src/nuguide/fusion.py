@@ -1,8 +1,8 @@
 """Fusing a network's deepest features with a foundation model's latent, and `Guided`, the network that does it.
 
-Notation: t (B, T, H, W) are the task network's features, g (B, G, h, w) the guide's latent, brought to the task's grid
-by `at_grid` where a block needs both on one grid. S(x) is the mean of x over its pixels, [a; b] stacks channels, W are
-learned 1x1 maps, * multiplies channel by channel, and
+Notation: t (B, T, H, W) are the task network's features, g (B, G, h, w) the guide's latent, which `Guided` has `halved`
+where it is finer, and which `at_grid` brings to the task's grid where a block needs both on one. S(x) is the mean of x
+over its pixels, [a; b] stacks channels, W are learned 1x1 maps, * multiplies channel by channel, and
 Attn(q, k, v) = softmax(q' k / sqrt(d)) v over the pixels as tokens.
 """
 
@@ -12,19 +12,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .networks.blocks import GLU, MaxBlurPool, SegmentationNetwork, pad_to_stride
+from .networks.blocks import GLU, MaxBlurPool, SegmentationNetwork, cropped, pad_to_stride
 
 GATES = ("glu", "sigmoid")
 
 
-def at_grid(latent: Tensor, height: int, width: int) -> Tensor:
-    """The latent on the task's grid: halved by max-blur pooling while twice as fine, then resized bilinearly.
+def halved(latent: Tensor, height: int, width: int) -> Tensor:
+    """The latent (B, G, h, w), halved by max-blur pooling while its sides are even and at least twice the task's.
 
-    (B, G, h, w) -> (B, G, height, width). SAM's 64x64 latent of a 256 px tile comes to 16x16 by two poolings.
+    SAM's 64x64 latent of a 256 px tile comes to 16x16 by two poolings, as in the paper's code. A latent that was
+    pooled before, since it comes from a cache, stays as it is: so both give the same.
     """
     pool = MaxBlurPool().to(latent.device)
-    while latent.shape[-2] >= 2 * height and latent.shape[-1] >= 2 * width and not (latent.shape[-2] % 2 or latent.shape[-1] % 2):
+    while all(g % 2 == 0 and g >= 2 * t for g, t in zip(latent.shape[-2:], (height, width), strict=True)):
         latent = pool(latent)
+    return latent
+
+
+def at_grid(latent: Tensor, height: int, width: int) -> Tensor:
+    """The latent on the task's grid: `halved`, then resized bilinearly; (B, G, h, w) -> (B, G, height, width)."""
+    latent = halved(latent, height, width)
     if latent.shape[-2:] != (height, width):
         latent = F.interpolate(latent, (height, width), mode="bilinear", align_corners=False)
     return latent
@@ -123,8 +130,8 @@ class Cross(nn.Module):
     """Ours: the task's tokens attend to the guide's, with residual and norm.
 
     out = t + Wo Attn(q = Wq N(t), k = Wk N(g), v = Wv N(g)), where N normalizes each token over its channels
-    (one-group norm of a token, learned scale). The guide's tokens are used on their own grid. Wo starts at zero, so
-    training starts from the unguided network.
+    (one-group norm of a token, learned scale). The guide's tokens need not lie on the task's grid. Wo starts at zero,
+    so training starts from the unguided network.
     """
 
     def __init__(self, task_channels: int, guide_channels: int, heads: int = 4):
@@ -172,5 +179,6 @@ class Guided(nn.Module):
         """Logits (B, classes, H, W) of an image (B, 3, H, W), RGB 0..255, and its latent (B, C, h, w)."""
         height, width = image.shape[-2:]
         features = self.network.encode(pad_to_stride(image, self.network.stride))
+        latent = halved(latent, *features[-1].shape[-2:])
         features[-1] = self.fusion(features[-1], self.latent_dropout(latent))
-        return self.network.decode(features)[..., :height, :width]
+        return cropped(self.network.decode(features), height, width)

@@ -12,7 +12,6 @@ import math
 import os
 import re
 import struct
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,7 +48,10 @@ _PHOTOMETRICS = (
     tifffile.PHOTOMETRIC.PALETTE,
     tifffile.PHOTOMETRIC.YCBCR,
 )
-_ALPHAS: dict[int, str] = {tifffile.EXTRASAMPLE.ASSOCALPHA: "premultiplied", tifffile.EXTRASAMPLE.UNASSALPHA: "straight"}
+_ALPHAS: dict[int, str] = {
+    tifffile.EXTRASAMPLE.ASSOCALPHA: "premultiplied",
+    tifffile.EXTRASAMPLE.UNASSALPHA: "straight",
+}
 _UNITS = {"nm": 1e-3, "um": 1.0, "micron": 1.0, "microns": 1.0, "mm": 1e3, "cm": 1e4, "inch": 25_400.0, "m": 1e6}
 _ORIENTATION = 0x0112  # the tag's number in EXIF and TIFF; its values, and what brings (H, W, C) upright:
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -61,10 +63,10 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda stored: np.rot90(stored, 2).swapaxes(0, 1),
     8: np.rot90,
 }
+_TELLING_ERRORS = (OSError, SyntaxError, zlib.error, lzma.LZMAError, tifffile.TiffFileError)
 _DECODER_ERRORS = (
-    OSError,
+    *_TELLING_ERRORS,
     EOFError,
-    SyntaxError,
     ValueError,
     TypeError,
     LookupError,
@@ -74,8 +76,6 @@ _DECODER_ERRORS = (
     MemoryError,
     Warning,
     struct.error,
-    zlib.error,
-    lzma.LZMAError,
     PIL.Image.DecompressionBombError,
 )
 
@@ -137,8 +137,8 @@ def read_image(path: Path, max_pixels: int | None = None) -> Image:
     except MemoryError as error:
         raise UserError(f"{path}: does not fit into memory; cut it into smaller images") from error
     except _DECODER_ERRORS as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UserError(f"{path}: is damaged or cut short ({reason}); copy it again or save it anew as PNG") from error
+        told = f" ({' '.join(str(error).split())[:100]})" if isinstance(error, _TELLING_ERRORS) else ""
+        raise UserError(f"{path}: is damaged or cut short{told}; copy it again or save it anew as PNG") from error
 
 
 def list_images(inputs: Sequence[Path]) -> list[Path]:
@@ -187,14 +187,14 @@ def _pixel_limit() -> int:
         raise UserError(f"{MAX_PIXELS_VARIABLE}={stated}: is no number; set it to one, such as 2e9") from error
 
 
-def _admit(width: int, height: int, limit: int) -> None:
+def _admit(width: object, height: object, limit: int) -> None:
+    if not (isinstance(width, int) and isinstance(height, int) and min(width, height) > 0):
+        raise UserError("has no valid size in its header; copy it again from its source")
     if width * height > limit:
         raise UserError(
             f"declares {width} x {height} pixels, more than the {limit:.3g} allowed; cut it into smaller images,"
             f" or raise the limit with {MAX_PIXELS_VARIABLE}"
         )
-    if width * height <= 0:
-        raise UserError(f"declares {width} x {height} pixels, so there is nothing in it; copy it again from its source")
 
 
 def _read_picture(file: BinaryIO, opener: type[ImageFile], start: bytes, limit: int) -> Image:
@@ -211,10 +211,13 @@ def _read_picture(file: BinaryIO, opener: type[ImageFile], start: bytes, limit: 
 def _read_tiff(file: BinaryIO, limit: int) -> Image:
     """The largest image of a TIFF at full resolution: layout and scale by tifffile, pixels by whom can decode them."""
     with tifffile.TiffFile(file) as tiff:
+        for page in (series.keyframe for series in tiff.series):
+            _admit(page.imagewidth, page.imagelength, limit)
+            _admit(page.tilewidth or 1, page.tilelength or 1, limit)
+        if not tiff.series:
+            raise UserError("holds no image; copy it again from its source")
         series = max(tiff.series, key=lambda one: one.keyframe.imagewidth * one.keyframe.imagelength)
         page = series.keyframe
-        _admit(page.imagewidth, page.imagelength, limit)
-        _admit(page.tilewidth or 1, page.tilelength or 1, limit)
         _refuse_no_rgb(series, page)
         _refuse_cut_short(series, os.fstat(file.fileno()).st_size)
         notes = [f"the file holds {len(tiff.series)} images; the largest was read"] if len(tiff.series) > 1 else []
@@ -291,14 +294,12 @@ def _tiff_channels(series: tifffile.TiffPageSeries, page: tifffile.TiffPage) -> 
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
         channels = 255 - channels
     if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
-        colors = np.asarray(page.colormap)
-        colors = colors if colors.max() < 256 else colors >> 8  # 16 bits, of which some writers fill the lower half only
-        return colors.T.astype(np.uint8)[channels], ""
+        return (np.asarray(page.colormap).T >> 8).astype(np.uint8)[channels], ""
     count = channels.shape[2] if channels.ndim == 3 else 1
     if count in (1, 3):
         return channels, ""
     alpha = _ALPHAS.get(page.extrasamples[-1] if page.extrasamples else 0, "")
-    return (channels, alpha) if alpha else (channels[..., : count - 1], "")  # what is not said to be transparency is none
+    return channels if alpha else channels[..., : count - 1], alpha  # a channel of no stated meaning is left out
 
 
 def _libtiff_channels(
@@ -311,8 +312,7 @@ def _libtiff_channels(
         raise UserError(f"has {name}-compressed planes; {remedy}")
     file.seek(0)
     try:
-        with warnings.catch_warnings(), TiffImageFile(file) as picture:
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # our own limit has been asked
+        with TiffImageFile(file) as picture:
             picture.seek(page.index)
             picture.load()
             return _picture_channels(picture)

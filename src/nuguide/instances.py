@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from .resample import resize_labels, resize_map
+
 CHANNELS = ("nucleus", "interior")     # what the two output channels of every network mean
 INTERIOR_DEPTH = 0.4                   # share of a nucleus's greatest depth at which its interior begins
 
@@ -28,3 +30,124 @@ def targets(labels: np.ndarray) -> np.ndarray:
     interior = np.zeros(labels.shape, np.float32)
     interior.ravel()[inside] = depth.ravel()[inside] > INTERIOR_DEPTH * greatest[index]
     return np.stack([(labels > 0).astype(np.float32), interior])
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How probability maps become nuclei; areas and lengths are physical, so they hold at any resolution.
+
+    Attributes:
+        nucleus: probability from which a pixel is nucleus. interior: probability from which it can seed one.
+        min_area_um2: smaller nuclei are dropped. min_seed_um2: smaller seeds are.
+        max_hole_um2: smaller holes are filled.
+        reach_um: how far a nucleus may grow from its seed; it bounds how far away a pixel can matter.
+    """
+
+    nucleus: float = 0.5
+    interior: float = 0.5
+    min_area_um2: float = 8.0
+    min_seed_um2: float = 1.0
+    max_hole_um2: float = 15.0
+    reach_um: float = 16.0
+
+
+LEVELS = (0.3, 0.15)     # of the interior map, flooded one after another before the rest of the nucleus
+EIGHT, FOUR = np.ones((3, 3), np.uint8), cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+
+
+def separate(nucleus: np.ndarray, interior: np.ndarray, mpp: float, how: Separation | None = None) -> np.ndarray:
+    """Label map of the nuclei in two probability maps.
+
+    Each connected piece of interior seeds a nucleus; seeds flood the nucleus map in steps of one pixel, first where
+    the interior map is high, then lower, then everywhere: a watershed of few levels. Where two floods meet in the same
+    step the seed that lies higher in the image wins, so the outcome of a nucleus depends on its surroundings alone and
+    not on what else the image holds. A piece of nucleus without interior is one nucleus.
+
+    Args:
+        nucleus, interior: (H, W) float, 0..1. mpp: microns per pixel.
+
+    Returns:
+        (H, W) int32; 0 is background, nuclei are numbered from 1, from top to bottom, each in one 8-connected piece.
+    """
+    how = how or Separation()
+    pixel_um2 = mpp * mpp
+    mask = without_holes(nucleus >= how.nucleus, how.max_hole_um2 / pixel_um2)
+    core = mask & (interior >= how.interior)
+    _, pieces, stats, _ = cv2.connectedComponentsWithStats(core.view(np.uint8), connectivity=8)
+    core &= (stats[:, cv2.CC_STAT_AREA] >= how.min_seed_um2 / pixel_um2)[pieces]
+    count, bodies = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
+    seeded = np.zeros(count, bool)
+    seeded[bodies[core]] = True
+    core |= mask & ~seeded[bodies]
+    labels = ranked_pieces(core)
+    steps = round(how.reach_um / mpp)
+    for level in LEVELS:
+        flood(labels, mask & (interior >= level), steps)
+    flood(labels, mask, steps)
+    found = labels.astype(np.int32)
+    large = np.bincount(found.ravel()) >= how.min_area_um2 / pixel_um2
+    large[0] = False
+    number = np.cumsum(large[::-1], dtype=np.int32)[::-1] * large      # ranks fall from top to bottom, ids rise
+    return number[found]
+
+
+def without_holes(mask: np.ndarray, max_area_px: float) -> np.ndarray:
+    """The mask (H, W) bool with its background pieces under `max_area_px` filled, but for those at the image's border.
+
+    A piece cut by the border may be larger than it looks, so it stays.
+    """
+    _, pieces, stats, _ = cv2.connectedComponentsWithStats((~mask).view(np.uint8), connectivity=4)
+    small = stats[:, cv2.CC_STAT_AREA] < max_area_px
+    small[0] = False                                                  # the mask itself
+    for edge in (pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]):
+        small[edge] = False
+    return mask | small[pieces]
+
+
+def ranked_pieces(mask: np.ndarray) -> np.ndarray:
+    """8-connected pieces of a mask (H, W) bool, numbered from bottom to top, ties from right to left: float32.
+
+    The order of two pieces depends on them alone, never on what else the mask holds. float32 is exact below 2^24.
+    """
+    _, pieces, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+    top, left, area = (stats[1:, column] for column in (cv2.CC_STAT_TOP, cv2.CC_STAT_LEFT, cv2.CC_STAT_AREA))
+    number = np.zeros(len(stats), np.float32)
+    number[1 + np.lexsort((area, left, top))] = np.arange(len(top), 0, -1)
+    return number[pieces]
+
+
+def flood(labels: np.ndarray, mask: np.ndarray, steps: int) -> None:
+    """Grow labels (H, W) float32, in place, over the unlabeled pixels of the mask: one pixel a step, in near-circles.
+
+    Of several labels that reach a pixel in the same step the largest takes it.
+    """
+    allowed = mask.view(np.uint8) * np.uint8(255)
+    before, idle = -1, 0
+    for step in range(steps):
+        free = cv2.bitwise_and(cv2.compare(labels, 0, cv2.CMP_EQ), allowed)
+        remaining = cv2.countNonZero(free)
+        idle = idle + 1 if remaining == before else 0
+        if remaining == 0 or idle == 2:                 # neither the cross nor the square found anything more
+            return
+        before = remaining
+        cv2.copyTo(cv2.dilate(labels, FOUR if step % 2 == 0 else EIGHT), free, labels)
+
+
+def enlarge(labels: np.ndarray, nucleus: np.ndarray, size: tuple[int, int], threshold: float) -> np.ndarray:
+    """A label map at another size, its outlines following the interpolated probability instead of coarse pixels.
+
+    Args:
+        labels: (h, w) int32. nucleus: (h, w) float32, the map that they were made from. size: (H, W) wanted.
+
+    Returns:
+        (H, W) uint32, the same numbers; a nucleus that would have no pixel at that size is missing.
+    """
+    if labels.shape == size:
+        return labels.astype(np.uint32)
+    margin = 1e-3
+    agreed = np.where(labels > 0, np.maximum(nucleus, threshold + margin), np.minimum(nucleus, threshold - margin))
+    mask = resize_map(agreed.astype(np.float32), size) >= threshold
+    fine = resize_labels(labels, size).astype(np.float32)
+    fine *= mask
+    flood(fine, mask, steps=2 * max(1, round(size[0] / labels.shape[0])))
+    return fine.astype(np.uint32)

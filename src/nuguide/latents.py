@@ -44,7 +44,7 @@ class LatentCache:
         UserError: the folder can't be made.
     """
 
-    def __init__(self, root: Path, max_bytes: int):
+    def __init__(self, root: Path, max_bytes: int = 10 << 30):
         self.root, self.max_bytes = root, max_bytes
         self._held_bytes: int | None = None             # as far as this process knows; counted at the first write
         try:

@@ -71,6 +71,8 @@ def measure(
             f"probability has shape {probability.shape}: it is a map of {labels.shape} or {len(runs.ids)} numbers"
         )
     rings = _outlines(labels, runs) if rings is None else rings
+    if list(rings) != runs.ids.tolist():
+        raise ValueError(f"{len(rings)} outlines for {len(runs.ids)} nuclei: give outlines(labels) of the same labels")
     area_px, center_x, center_y, eccentricity = _moments(runs)
     length_px, solidity = _ring_shapes(rings)
     hematoxylin, eosin = _stains(image_rgb, runs).T

@@ -25,6 +25,11 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
+def resize_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map (H, W) float32 at `size`, linear."""
+    return values if values.shape == size else cv2.resize(values, size[::-1], interpolation=cv2.INTER_LINEAR)
+
+
 def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A label map (H, W) at `size` by the nearest pixel, its type kept."""
     if labels.shape == size:

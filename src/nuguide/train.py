@@ -1,13 +1,17 @@
-"""Training: `TrainOptions`, the Lightning module, `fit`."""
+"""Training: the Lightning module, its files, and `fit`."""
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import dataclasses
 import json
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import os
+import pickle
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,79 +20,32 @@ import numpy as np
 import pytorch_lightning as lightning
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from . import checkpoint
-from .augment import Augmentation
 from .batches import Batch, Patches, Picture, Stretch, collate, picture
 from .checkpoint import ModelSpec
 from .datasets import Dataset
-from .guides import load_guide
+from .guides import FrozenGuide, load_guide
 from .latents import LatentCache
 from .losses import dice_focal
 from .machine import choose_device, choose_precision, keep_freed_memory
 from .metrics import dice
+from .recipe import TrainOptions
 from .types import UserError
 
-log = logging.getLogger(__name__)
 RESUME = "last.ckpt"
+LATENTS_MAX_BYTES = 8 * 2**30
 
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How a model is trained. The defaults make the model that comes with the package.
-
-    Attributes:
-        network: a name of `NETWORKS`; width: channels of its finest level; network_options: its other arguments.
-        fusion: a name of `FUSIONS`, or "none" for no guide; fusion_options: its arguments; latent_dropout: share of the
-            latent's channels dropped while training.
-        guide: a name of `GUIDES`; guide_weights: a file, or "random:SEED" for the control; guide_px: side to which a
-            patch is resized for the guide (the guide's own where not given).
-        latents: "live" lets the guide see each augmented patch; "cached" computes each latent once and varies
-            patches only by quarter turns, flips and color (for guides too slow to run at every step).
-        mpp: microns per pixel to train at. patch_px: side of a training patch.
-        epochs, steps_per_epoch: length; an epoch is `steps_per_epoch` batches, or one pass over the images.
-        batch, lr, weight_decay, schedule: AdamW (Adam where weight_decay is 0) with a warm-up over the first 5% and
-            a "cosine" fall to 1% of lr, or "constant".
-        balance: 0 draws every image alike, 1 every group alike.
-        seed: of the initial weights, the patches and drop-out.
-        precision: auto, fp32 or bf16 (autocast). device: auto, cpu or cuda.
-    """
-
-    network: str = "eunet3plus"
-    width: int = 16
-    network_options: dict[str, Any] = field(default_factory=dict)
-    fusion: str = "cross"
-    fusion_options: dict[str, Any] = field(default_factory=dict)
-    latent_dropout: float = 0.2
-    guide: str = "efficientnet_lite0"
-    guide_weights: str | None = None
-    guide_px: int | None = None
-    latents: str = "live"
-    mpp: float = 0.5
-    patch_px: int = 256
-    epochs: int = 20
-    steps_per_epoch: int | None = None
-    batch: int = 8
-    lr: float = 2e-3
-    weight_decay: float = 1e-4
-    schedule: str = "cosine"
-    balance: float = 0.5
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    seed: int = 0
-    precision: str = "auto"
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name, value, choices in (("latents", self.latents, ("live", "cached")),
-                                     ("schedule", self.schedule, ("cosine", "constant"))):
-            if value not in choices:
-                raise UserError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
-        for name in ("epochs", "batch", "patch_px", "lr", "mpp", "width"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be positive, not {getattr(self, name)}")
+# What Lightning tells every user of it, and why it is no news here; warnings about the training itself still show.
+EXPECTED = {
+    r"Checkpoint directory .* exists and is not empty": "OUT holds the other files of the run",
+    r".*isinstance\(treespec, LeafSpec\).* is deprecated": "Lightning's own use of torch",
+    r".*does not have many workers": "patches are drawn in this process, where the guide and the cache are",
+    r"GPU available but not used": "the user said --device cpu",
+}
 
 
 class Training(lightning.LightningModule):
@@ -154,7 +111,7 @@ class Training(lightning.LightningModule):
 
 
 class KeepBest(Callback):
-    """Writes the model folder whenever validation Dice is the best so far, and the curves after every epoch."""
+    """Writes the model folder whenever validation Dice is the best so far, metrics and curves after every epoch."""
 
     def __init__(self, folder: Path, spec: ModelSpec):
         self.folder, self.spec = folder, spec
@@ -177,9 +134,25 @@ class KeepBest(Callback):
         checkpoint.save(self.folder / "model", model, dataclasses.replace(self.spec, origin=origin))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        for logger in trainer.loggers:
-            logger.save()
+        scores = {name: float(trainer.callback_metrics[name]) for name in ("train_loss", "val_dice")}
+        if not math.isfinite(scores["train_loss"]):
+            raise UserError(f"{self.folder}: the loss is no longer finite; train anew with a lower lr or in fp32")
+        note_epoch(self.folder / "metrics.csv", {"epoch": trainer.current_epoch, "step": trainer.global_step, **scores})
         draw_curves(self.folder / "metrics.csv", self.folder / "curves.png")
+
+
+def note_epoch(metrics: Path, row: dict[str, float]) -> None:
+    """Add a row to the metrics; rows of this epoch and later ones, left by a run that was cut, go."""
+    rows: list[dict] = []
+    if metrics.is_file():
+        with metrics.open(newline="") as file:
+            rows = [old for old in csv.DictReader(file) if int(old["epoch"]) < row["epoch"]]
+    written = metrics.with_suffix(".tmp")
+    with written.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(row), extrasaction="ignore")
+        table.writeheader()
+        table.writerows([*rows, row])
+    os.replace(written, metrics)
 
 
 def draw_curves(metrics: Path, picture_path: Path) -> None:
@@ -187,27 +160,15 @@ def draw_curves(metrics: Path, picture_path: Path) -> None:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    if not metrics.is_file():
-        return
     table = pd.read_csv(metrics)
     figure = Figure(figsize=(8, 3), layout="constrained")
     for axes, column, title in zip(
         figure.subplots(1, 2), ("train_loss", "val_dice"), ("training loss", "validation Dice"), strict=True
     ):
-        if column in table:
-            rows = table.dropna(subset=[column])
-            axes.plot(rows["epoch"] + 1, rows[column], marker=".")
+        axes.plot(table["epoch"] + 1, table[column], marker=".")
         axes.set(xlabel="epoch", title=title)
         axes.grid(alpha=0.3)
     figure.savefig(picture_path, dpi=110)
-
-
-class RunFolderLogger(CSVLogger):
-    """Lightning's CSV log, as OUT/metrics.csv; a resumed run appends."""
-
-    @property
-    def log_dir(self) -> str:
-        return str(self.root_dir)
 
 
 def one_image(batch: list[Picture]) -> tuple[Tensor, np.ndarray]:
@@ -242,7 +203,8 @@ def fit(
         train, val: annotated data sets; no image should stand in both.
         resume: continue OUT if it holds an unfinished run with the same options.
     Raises:
-        UserError: OUT holds a run with other options, or a data set is empty.
+        UserError: OUT holds a run with other options or cannot be written, a data set is empty, an option names
+            something that there is not, or the loss ceases to be finite.
     """
     options = options or TrainOptions()
     keep_freed_memory()
@@ -250,50 +212,84 @@ def fit(
     if not any(len(d) for d in train) or not any(len(d) for d in val):
         raise UserError("training needs at least one image to train on and one to validate on; see --val-fraction")
     device = choose_device(options.device)
-    precision = choose_precision(options.precision, device)
+    options = dataclasses.replace(options, precision=settled_precision(out, options.precision, device))
     lightning.seed_everything(options.seed, verbose=False)
     guide = None
-    if options.fusion != "none":
-        guide = load_guide(options.guide, weights=options.guide_weights, image_px=options.guide_px)
-    spec = model_spec(options, guide, train, val)
-    model = checkpoint.build(spec, None if guide is None else guide.channels).to(memory_format=torch.channels_last)
+    try:
+        if options.fusion != "none":
+            guide = load_guide(options.guide, weights=options.guide_weights, image_px=options.guide_px)
+        spec = model_spec(options, guide, train, val)
+        model = checkpoint.build(spec, None if guide is None else guide.channels)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"no model can be built with these options: {error}") from error
+    model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     last = prepare_folder(out, options, resume)
-    drawn = pictures_of(train, options.mpp)
-    cache = LatentCache(out / "latents") if guide is not None and options.latents == "cached" else None
-    pool = options.patch_px // 16 if cache is not None else None
-    patches = Patches(
-        drawn, options.patch_px, options.augmentation, options.seed, options.balance, guide, cache, pool
-    )
-    steps = options.steps_per_epoch or math.ceil(len(drawn) / options.batch)
-    loader = DataLoader(
-        patches, batch_size=options.batch, sampler=Stretch(steps * options.batch), collate_fn=collate
-    )
-    held = DataLoader(pictures_of(val, options.mpp), batch_size=1, collate_fn=one_image)  # pyright: ignore[reportArgumentType]
-    trainer = lightning.Trainer(
-        max_epochs=options.epochs,
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=1,
-        precision="bf16-mixed" if precision is torch.bfloat16 else "32-true",
-        logger=[RunFolderLogger(out, name="", version=""), TensorBoardLogger(out, name="tensorboard", version="")],
-        callbacks=[
-            KeepBest(out, spec),
-            ModelCheckpoint(out, filename="last", save_top_k=1, every_n_epochs=1, enable_version_counter=False),
-            *([TQDMProgressBar(refresh_rate=1)] if progress else []),
-        ],
-        enable_progress_bar=progress,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,
-        default_root_dir=out,
-    )
-    trainer.fit(
-        Training(model, guide, options), loader, held, ckpt_path=last, weights_only=True if last else None
-    )
+    loader, held = loaders(pictures_of(train, options.mpp), pictures_of(val, options.mpp), out, guide, options)
+    with lightning_quiet():
+        trainer = lightning.Trainer(
+            max_epochs=options.epochs,
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=1,
+            precision="bf16-mixed" if options.precision == "bf16" else "32-true",
+            logger=TensorBoardLogger(out, name="tensorboard", version=""),
+            callbacks=[
+                KeepBest(out, spec),
+                ModelCheckpoint(
+                    out, filename="last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
+                ),
+                *([TQDMProgressBar(refresh_rate=1)] if progress else []),
+            ],
+            enable_progress_bar=progress,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            default_root_dir=out,
+        )
+        try:
+            trainer.fit(
+                Training(model, guide, options), loader, held, ckpt_path=last, weights_only=True if last else None
+            )
+        except OSError as error:
+            raise UserError(f"{out}: the run was cut ({error}); repeat the command to go on from there") from error
     return out / "model"
 
 
+def loaders(
+    train: list[Picture], val: list[Picture], out: Path, guide: FrozenGuide | None, options: TrainOptions
+) -> tuple[DataLoader, DataLoader]:
+    """Batches to train on, drawn anew in every epoch, and whole images to validate on."""
+    cache = pool = None
+    if guide is not None and options.latents == "cached":
+        cache, pool = LatentCache(out / "latents", LATENTS_MAX_BYTES), options.patch_px // 16
+    patches = Patches(
+        train, options.patch_px, options.augmentation, options.seed, options.balance, guide, cache, pool
+    )
+    steps = options.steps_per_epoch or math.ceil(len(train) / options.batch)
+    return (
+        DataLoader(patches, batch_size=options.batch, sampler=Stretch(steps * options.batch), collate_fn=collate),
+        DataLoader(val, batch_size=1, collate_fn=one_image),  # pyright: ignore[reportArgumentType]
+    )
+
+
+@contextlib.contextmanager
+def lightning_quiet() -> Iterator[None]:
+    """Inside, Lightning's advertisements and `EXPECTED` warnings stay silent; all other warnings show."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        with warnings.catch_warnings():
+            for message in EXPECTED:
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def model_spec(
-    options: TrainOptions, guide: nn.Module | None, train: Sequence[Dataset], val: Sequence[Dataset]
+    options: TrainOptions, guide: FrozenGuide | None, train: Sequence[Dataset], val: Sequence[Dataset]
 ) -> ModelSpec:
     """The spec of the model that these options make, with where it comes from."""
     from . import __version__
@@ -323,6 +319,14 @@ def model_spec(
     )
 
 
+def settled_precision(out: Path, name: str, device: torch.device) -> str:
+    """fp32 or bf16: what the run in OUT uses, if `auto` continues one, else what this machine runs best."""
+    if name == "auto" and (out / RESUME).is_file():
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            name = json.loads((out / "options.json").read_text())["precision"]
+    return "bf16" if choose_precision(name, device) is torch.bfloat16 else "fp32"
+
+
 def prepare_folder(out: Path, options: TrainOptions, resume: bool) -> Path | None:
     """Make OUT and note the options; the checkpoint to continue from, or None."""
     try:
@@ -333,10 +337,13 @@ def prepare_folder(out: Path, options: TrainOptions, resume: bool) -> Path | Non
         if last.is_file():
             if not resume:
                 raise UserError(f"{out}: holds a run already; choose another folder, or leave resuming on")
-            if file.read_text() != noted:
+            if not file.is_file() or file.read_text() != noted:
                 raise UserError(f"{out}: holds a run with other options (options.json); choose another folder")
+            torch.load(last, map_location="cpu", weights_only=True)
             return last
         file.write_text(noted)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another folder") from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{out / RESUME}: is damaged; remove it to begin the run anew") from error
     return None

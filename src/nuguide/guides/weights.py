@@ -36,8 +36,8 @@ TIMEOUT_S = 30.0       # to connect, and for each read
 CHUNK_BYTES = 1 << 20
 WRAPPED_AS = ("state_dict", "model_state", "model")  # where training checkpoints keep the network among other things
 DAMAGED = (                                             # what the two readers raise on bytes that are no such file
-    SafetensorError, OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
-    OverflowError, struct.error,
+    SafetensorError, OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError,
+    AssertionError, OverflowError, struct.error,
 )
 
 
@@ -290,7 +290,7 @@ def _only_process(lock: BinaryIO) -> Iterator[None]:
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file by name, on the CPU.
+    """The tensors of a weights file by name, contiguous, on the CPU.
 
     `.safetensors` is read as such; anything else as a PyTorch file holding tensors only (no code of a pickle is run).
     A training checkpoint's network is taken out of its "state_dict", "model_state" or "model".
@@ -318,4 +318,4 @@ def load_state(path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds no state dict (tensors by name); save network.state_dict() and name that file")
-    return dict(state)
+    return {key: value.contiguous() for key, value in state.items()}

@@ -1,4 +1,4 @@
-"""The parts that the networks are made of: activations, convolution blocks, pooling, and convolutions after enlarging."""
+"""The parts that networks are made of: activations, convolution blocks, pooling, convolutions of enlarged maps."""
 
 from __future__ import annotations
 
@@ -102,7 +102,8 @@ def enlarged_conv(x: Tensor, weight: Tensor, bias: Tensor | None, scale: int) ->
 @lru_cache(maxsize=128)
 def shifted_interpolation(size: int, scale: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Interpolation matrices of the three taps side by side: (scale * size, 3 * size), zeros beyond the border."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    # kept between calls, so it must serve training too where a prediction asked for it first
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         eye = torch.eye(size, device=device)[None]                             # each column enlarges one sample
         plain = F.interpolate(eye, scale_factor=scale, mode="linear", align_corners=False)[0].T
         padded = F.pad(plain, (0, 0, 1, 1))
@@ -176,7 +177,7 @@ class SegmentationNetwork(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, classes, H, W) of an image of any size."""
         height, width = image.shape[-2:]
-        return self.decode(self.encode(pad_to_stride(image, self.stride)))[..., :height, :width]
+        return cropped(self.decode(self.encode(pad_to_stride(image, self.stride))), height, width)
 
 
 def pad_to_stride(image: Tensor, stride: int) -> Tensor:
@@ -186,6 +187,13 @@ def pad_to_stride(image: Tensor, stride: int) -> Tensor:
     if not below and not right:
         return image
     return F.pad(image, (0, right, 0, below), mode="replicate")
+
+
+def cropped(logits: Tensor, height: int, width: int) -> Tensor:
+    """Logits without what `pad_to_stride` added; each of them where a network in training returns a list."""
+    if isinstance(logits, list):
+        return [head[..., :height, :width] for head in logits]  # pyright: ignore[reportReturnType]
+    return logits[..., :height, :width]
 
 
 def normalized(image: Tensor) -> Tensor:

@@ -1,0 +1,282 @@
+"""The command line: COMMANDS, from names to functions. Functions parse nothing; they call the library and print."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from . import __version__
+from .recipe import TrainOptions
+from .types import UserError
+
+if TYPE_CHECKING:
+    from .datasets import Dataset
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def segment(
+    inputs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    /,
+    out: Path,
+    model: str = "default",
+    mpp: float | None = None,
+    formats: str = "labels,geojson,csv,overlay",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch: int = 4,
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+) -> int:
+    """Find every nucleus in images.
+
+    Writes OUT/NAME.labels.tif (instance label map), NAME.geojson (QuPath detections), NAME.csv (one row a nucleus),
+    NAME.overlay.png (outlines on the image) for every image, and OUT/summary.csv. Images that are finished already are
+    skipped, so a run that was cut can be started again. A bad file is reported and the rest goes on (exit code 1).
+
+    Args:
+        inputs: Image files (PNG, JPEG, TIFF, BMP; 8-bit RGB) or folders of them.
+        out: Folder for the results.
+        model: Name of a model that comes with the package, or the folder of one that nuguide train wrote.
+        mpp: Microns per pixel of the inputs: 0.25 for a 40x scan, 0.5 for 20x. Where not given, what the file says,
+            else 0.25 with a note.
+        formats: Which files to write, separated by commas.
+        device: Where to compute.
+        precision: Of the network; auto takes bf16 where this machine is faster with it.
+        batch: Tiles computed at once; more needs more memory.
+        overwrite: Do finished images again.
+    """
+    from .fanout import SUMMARY, parse_formats, segment_files
+    from .predict import DEFAULT_MPP, load
+
+    wanted = parse_formats(formats)
+    if mpp is not None and not 0.05 <= mpp <= 5:
+        raise UserError(f"--mpp {mpp}: must lie between 0.05 and 5; a 40x scan has about 0.25")
+    predictor = load(model, device=device, precision=precision, batch=batch)
+    outcome = segment_files(
+        inputs,
+        out,
+        lambda image, image_mpp, tiles: predictor.segment(image, image_mpp, tiles),
+        model=model,
+        mpp=mpp,
+        default_mpp=DEFAULT_MPP,
+        formats=wanted,
+        overwrite=overwrite,
+        watch=Bar(),
+    )
+    total = sum(row.nuclei for row in outcome.rows)
+    print(
+        f"{total} nuclei in {len(outcome.rows)} images"
+        + (f" ({outcome.skipped} finished before)" if outcome.skipped else "")
+        + (f"; results in {out}, one row an image in {out / SUMMARY}" if outcome.rows else "")
+    )
+    for failure in outcome.failed:
+        print(f"failed: {failure}", file=sys.stderr)
+    if not outcome.failed:
+        return 0
+    return 1 if outcome.rows else 2
+
+
+class Bar:
+    """Progress of a run over images on the terminal, each image's tiles counted in."""
+
+    def __init__(self) -> None:
+        self.share = 0.0
+        self.bar = None
+
+    def begin(self, images: int) -> None:
+        """Show a bar of this many images."""
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=images, unit="image", bar_format="{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]")
+
+    def tiles(self, done: int, total: int) -> None:
+        """Move by the share of the present image."""
+        assert self.bar is not None
+        share = 0.95 * done / total                   # the rest is separating, measuring and writing
+        self.bar.update(share - self.share)
+        self.share = share
+
+    def end(self, line: str | None) -> None:
+        """Complete the present image and print the line about it."""
+        assert self.bar is not None
+        self.bar.update(1 - self.share)
+        self.share = 0.0
+        if line:
+            self.bar.write(line)
+        if self.bar.n >= (self.bar.total or 0) - 1e-6:
+            self.bar.close()
+
+
+def train(
+    data: Annotated[tuple[str, ...], tyro.conf.Positional],
+    /,
+    out: Path,
+    options: Annotated[TrainOptions, tyro.conf.OmitArgPrefixes],
+    val: tuple[str, ...] = (),
+    val_fraction: float = 0.2,
+    split_seed: int = 0,
+) -> int:
+    """Train a model on annotated images.
+
+    Writes OUT/model (use it with --model OUT/model), OUT/metrics.csv and curves.png, TensorBoard logs, split.json with
+    the images of each part, and last.ckpt: the same command again continues a run that was cut.
+
+    Args:
+        data: Annotated images: NAME=FOLDER, where NAME is folder, nuinsseg, tnbc, cryonuseg, monuseg or dsb_he, in
+            their official layout or as images/ + labels/ + manifest.csv; or just the FOLDER of your own images/ and
+            labels/ (instance maps) or masks/ (binary), paired by name.
+        out: Folder for the run.
+        options: How to train.
+        val: Annotated images to validate on, like data. Where none are given, whole groups (patients, slides, organs)
+            of the data are held out.
+        val_fraction: Share of the images to hold out.
+        split_seed: Draws the groups that are held out.
+    """
+    from .datasets.splits import hold_out, shared_content, write_manifest
+    from .train import fit
+
+    parts = [open_data(text) for text in data]
+    if val:
+        training, validation = parts, [open_data(text) for text in val]
+    else:
+        held = []
+        for part in parts:
+            try:
+                held.append(hold_out(part.groups, val_fraction, split_seed))
+            except ValueError as error:
+                raise UserError(f"{part.name}: {error}; name images to validate on with --val") from error
+        training = [part.subset(train) for part, (train, _) in zip(parts, held, strict=True)]
+        validation = [part.subset(keep) for part, (_, keep) in zip(parts, held, strict=True)]
+    out.mkdir(parents=True, exist_ok=True)
+    manifest = write_manifest(out / "split.json", {"train": training, "val": validation})
+    if twice := shared_content(manifest):
+        names = ", ".join(sorted({member.id for group in twice for _, member in group})[:6])
+        raise UserError(f"{out / 'split.json'}: the same picture stands in both parts ({names}); remove it from one")
+    print(f"{sum(map(len, training))} images to train on, {sum(map(len, validation))} to validate on")
+    folder = fit(training, validation, out, options)
+    print(f"best model: {folder}\ncurves: {out / 'curves.png'}\nuse it: nuguide segment IMAGE --out DIR --model {folder}")
+    return 0
+
+
+def evaluate(
+    data: Annotated[tuple[str, ...], tyro.conf.Positional],
+    /,
+    model: str = "default",
+    against: str | None = None,
+    split: Path | None = None,
+    annotator: str | None = None,
+    out: Path | None = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> int:
+    """Score a model on annotated images: Dice, AJI, PQ and more, each a mean over images with its 95% interval.
+
+    Args:
+        data: Annotated images, NAME=FOLDER or FOLDER, as for nuguide train.
+        model: Name or folder of the model.
+        against: A second model: the differences are taken image by image.
+        split: A split.json that nuguide train wrote: score only the images that it lists for validation.
+        annotator: Whose annotation of CryoNuSeg is the truth: annotator1, annotator1_round2 or annotator2.
+        out: A JSON file for the scores of every image.
+        device: Where to compute.
+        precision: Of the network.
+    """
+    import pandas as pd
+
+    from .evaluate import evaluate as score_all
+    from .evaluate import paired, summarize, write_scores
+    from .predict import load
+
+    parts = [open_data(text, annotator) for text in data]
+    if split is not None:
+        parts = [validation_part(part, split) for part in parts]
+    tables = {}
+    for name in filter(None, (model, against)):
+        predictor = load(name, device=device, precision=precision)
+        tables[name] = pd.concat([score_all(predictor, part, scored(part, name)) for part in parts], ignore_index=True)
+    for part in parts:
+        of_part = {name: table[table["dataset"] == part.name] for name, table in tables.items()}
+        for name, table in of_part.items():
+            print(f"\n{part.name}, {len(table)} images, {name}:")
+            print(summarize(table).to_string(index=False, float_format="%.3f"))
+        if against is not None:
+            print(f"\n{part.name}, {model} minus {against}, image by image:")
+            print(paired(of_part[model], of_part[against]).to_string(index=False, float_format="%+.3f"))
+    if out is not None:
+        facts = {"code": f"nuguide {__version__}", "model": model, "data": list(data), "annotator": annotator,
+                 "split": None if split is None else str(split), "precision": precision}
+        write_scores(out, tables[model], facts)
+        print(f"\nscores of every image: {out}")
+    return 0
+
+
+def scored(part: Dataset, model: str) -> Callable[[int], None]:
+    """A progress bar over the images of a data set."""
+    from tqdm import tqdm
+
+    bar = tqdm(total=len(part), desc=f"{model} on {part.name}", unit="image", leave=False)
+
+    def done(images: int) -> None:
+        bar.update(images - bar.n)
+        if images == len(part):
+            bar.close()
+
+    return done
+
+
+def open_data(text: str, annotator: str | None = None) -> Dataset:
+    """The data set that NAME=FOLDER or FOLDER names."""
+    from .datasets import DATASETS, read_dataset
+
+    name, _, folder = text.partition("=") if text.partition("=")[0] in DATASETS else ("folder", "", text)
+    try:
+        return read_dataset(name, Path(folder), **({"annotator": annotator} if name == "cryonuseg" else {}))
+    except ValueError as error:
+        raise UserError(f"{text}: {error}") from error
+
+
+def validation_part(part: Dataset, split: Path) -> Dataset:
+    """The images of a data set that a split.json lists for validation."""
+    from .datasets.splits import read_manifest
+
+    listed = {(member.dataset, member.id) for member in read_manifest(split).parts.get("val", [])}
+    kept = part.subset(i for i, id in enumerate(part.ids) if (part.name, id) in listed)
+    if not len(kept):
+        raise UserError(f"{split}: lists no image of {part.name} for validation; leave --split out, or give its data")
+    return kept
+
+
+COMMANDS: dict[str, Callable[..., int]] = {"segment": segment, "train": train, "evaluate": evaluate}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; exits with 0, 1 where only a part of a batch was done, or 2 where nothing was."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments in (["--version"], ["-V"]):
+        print(f"nuguide {__version__}")
+        return
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        code = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="nuguide",
+            description="Finds every nucleus in H&E histology. Start with: nuguide segment IMAGE --out DIR",
+            args=arguments,
+        )
+    except UserError as error:
+        print(f"nuguide: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("nuguide: stopped; the same command goes on where it was", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Many images to result files: names that never collide, finished images skipped, bad ones reported at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from . import export
+from .images import Image, list_images, read_image
+from .types import UserError
+
+if TYPE_CHECKING:
+    from .nuclei import Nuclei
+
+log = logging.getLogger(__name__)
+
+ENDINGS = {"labels": ".labels.tif", "geojson": ".geojson", "csv": ".csv", "overlay": ".overlay.png"}
+SUMMARY = "summary.csv"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image in the summary; its result files are called `name` and an ending. Seconds are from reading to writing."""
+
+    name: str
+    nuclei: int
+    nuclei_per_mm2: float
+    mean_area_um2: float
+    mean_probability: float
+    seconds: float
+    mpp: float
+    source: str
+    model: str
+
+
+@dataclass
+class Outcome:
+    """What became of a run."""
+
+    rows: list[Row] = field(default_factory=list)       # of every image of this run that is finished
+    skipped: int = 0                                    # of those, finished by an earlier run
+    failed: list[str] = field(default_factory=list)     # one line each
+
+
+class Watch:
+    """Told of a run's progress; this one says nothing."""
+
+    def begin(self, images: int) -> None:
+        """How many images there are to do."""
+
+    def tiles(self, done: int, total: int) -> None:
+        """How far the present image is."""
+
+    def end(self, line: str | None) -> None:
+        """One image is done; a line about it, if there is something to say."""
+
+
+def parse_formats(text: str) -> tuple[str, ...]:
+    """Comma-separated names of `ENDINGS`; raises UserError for any other, listing the choices."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    unknown = [name for name in names if name not in ENDINGS]
+    if unknown or not names:
+        raise UserError(f"--formats {text!r}: choose one or more of {','.join(ENDINGS)}, separated by commas")
+    return names
+
+
+def segment_files(
+    inputs: Sequence[Path],
+    out: Path,
+    segment: Callable[[np.ndarray, float, Callable[[int, int], None]], Nuclei],
+    model: str,
+    mpp: float | None = None,
+    default_mpp: float = 0.25,
+    formats: Sequence[str] = tuple(ENDINGS),
+    overwrite: bool = False,
+    watch: Watch | None = None,
+) -> Outcome:
+    """Segment image files, each into `OUT/NAME` plus one of `ENDINGS` for every format, and `OUT/summary.csv`.
+
+    The summary is rewritten after every image, so a run that is cut goes on where it stopped: an image is skipped when
+    its row and all its files are there.
+
+    Args:
+        inputs: files or folders.
+        segment: (image (H, W, 3) uint8, mpp, progress) -> Nuclei. model: what to call it in the summary.
+        mpp: microns per pixel of all inputs; where not given, what each file says, else `default_mpp` with a note.
+        overwrite: do finished images again.
+
+    Raises:
+        UserError: OUT cannot be made or its summary not be read. What is wrong with one input is in `Outcome.failed`.
+    """
+    watch = watch or Watch()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: no folder can be made here ({error.strerror}); choose another --out") from error
+    outcome = Outcome()
+    files = []
+    for given in inputs:
+        try:
+            files += [file for file in list_images([given]) if file not in files]
+        except UserError as error:
+            outcome.failed.append(str(error))
+    before = read_summary(out / SUMMARY)
+    names = name_results(files, {row.source: row.name for row in before.values()})
+    watch.begin(len(files))
+    for file, name in zip(files, names, strict=True):
+        source = str(file.resolve())
+        line = None
+        try:
+            row = before.get(source)
+            if not overwrite and finished(row, out, formats, model, mpp):
+                assert row is not None
+                outcome.skipped += 1
+            else:
+                row, line = segment_file(file, out / name, segment, model, mpp, default_mpp, formats, watch)
+                before[source] = row
+                write_summary(out / SUMMARY, before.values())
+            outcome.rows.append(row)
+        except UserError as error:
+            outcome.failed.append(str(error))
+            line = f"failed: {error}"
+        except MemoryError:
+            outcome.failed.append(f"{file}: does not fit into memory; cut it into smaller images")
+        watch.end(line)
+    return outcome
+
+
+def segment_file(
+    file: Path,
+    stem: Path,
+    segment: Callable[[np.ndarray, float, Callable[[int, int], None]], Nuclei],
+    model: str,
+    mpp: float | None,
+    default_mpp: float,
+    formats: Sequence[str],
+    watch: Watch,
+) -> tuple[Row, str]:
+    """Segment one file and write its results; its row of the summary, and a line for people."""
+    start = time.perf_counter()
+    image = read_image(file)
+    used_mpp = mpp or image.mpp or default_mpp
+    notes = list(image.notes)
+    if not mpp:
+        notes.append(
+            f"{image.mpp:.4g} microns per pixel, from the file"
+            if image.mpp
+            else f"the file states no scale: {default_mpp} microns per pixel assumed (--mpp sets it)"
+        )
+    nuclei = segment(image.image_rgb, used_mpp, watch.tiles)
+    write_results(nuclei, image, stem, formats)
+    count, mm2 = len(nuclei), image.image_rgb.shape[0] * image.image_rgb.shape[1] * used_mpp**2 / 1e6
+    row = Row(
+        name=stem.name,
+        nuclei=count,
+        nuclei_per_mm2=round(count / mm2, 1),
+        mean_area_um2=round(float(nuclei.table["area_um2"].mean()), 2) if count else 0.0,
+        mean_probability=round(float(nuclei.table["probability"].mean()), 4) if count else 0.0,
+        seconds=round(time.perf_counter() - start, 2),
+        mpp=used_mpp,
+        source=str(file.resolve()),
+        model=model,
+    )
+    return row, f"{file.name}: {count} nuclei in {row.seconds:.1f} s" + "".join(f"; {note}" for note in notes)
+
+
+def write_results(nuclei: Nuclei, image: Image, stem: Path, formats: Sequence[str]) -> None:
+    """Every asked-for format of the results of one image, as `stem` plus its ending."""
+    writers: dict[str, Callable[[Path], object]] = {
+        "labels": nuclei.to_labels,
+        "geojson": lambda path: nuclei.to_geojson(path, image_name=stem.name),
+        "csv": nuclei.to_csv,
+        "overlay": lambda path: nuclei.to_overlay(path, image.image_rgb),
+    }
+    for name in formats:
+        writers[name](result_path(stem, name))
+
+
+def result_path(stem: Path, format_name: str) -> Path:
+    """`stem` plus the ending of a format; a stem may hold dots."""
+    return stem.with_name(stem.name + ENDINGS[format_name])
+
+
+def finished(row: Row | None, out: Path, formats: Sequence[str], model: str, mpp: float | None) -> bool:
+    """Whether an image was done by an earlier run.
+
+    Raises:
+        UserError: it was, but by another model or at another scale, so that neither keeping nor replacing is safe.
+    """
+    if row is None or not all(result_path(out / row.name, name).is_file() for name in formats):
+        return False
+    if row.model != model or (mpp is not None and abs(row.mpp - mpp) > 1e-4):
+        raise UserError(
+            f"{row.source}: {out / row.name}.* were made by {row.model} at {row.mpp} microns per pixel; "
+            "choose another --out, or --overwrite them"
+        )
+    return True
+
+
+def name_results(files: Sequence[Path], taken: dict[str, str]) -> list[str]:
+    """A name for the results of each file: its stem, made longer where another file has the same.
+
+    A file keeps the name that an earlier run gave it.
+
+    Args:
+        taken: names that are in use, by the absolute path of the file that uses each.
+    """
+    stems = Counter(file.stem.casefold() for file in files)      # some disks do not tell A from a
+    used = {name.casefold() for name in taken.values()}
+    names = []
+    for file in files:
+        source = str(file.resolve())
+        if source in taken:
+            names.append(taken[source])
+            continue
+        choices = [f"{file.parent.resolve().name}_{file.stem}", f"{file.stem}_{file.suffix[1:]}"]
+        if stems[file.stem.casefold()] == 1:
+            choices.insert(0, file.stem)
+        choices.append(f"{file.stem}_{hashlib.sha256(source.encode()).hexdigest()[:8]}")
+        name = next(name for name in choices if name.casefold() not in used)
+        used.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def read_summary(path: Path) -> dict[str, Row]:
+    """The rows of a summary by source; none where there is no summary yet."""
+    if not path.exists():
+        return {}
+    columns = [field.name for field in dataclasses.fields(Row)]
+    try:
+        table = pd.read_csv(path, dtype={"name": str, "source": str, "model": str}, keep_default_na=False)
+        return {row["source"]: Row(**row) for row in table[columns].to_dict("records")}  # pyright: ignore[reportArgumentType]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: is no summary of ours; move it away or choose another --out") from error
+
+
+def write_summary(path: Path, rows: object) -> None:
+    """All rows as CSV; the file is replaced as a whole."""
+    columns = [field.name for field in dataclasses.fields(Row)]
+    export.write_table(path, pd.DataFrame([dataclasses.asdict(row) for row in rows], columns=columns))  # pyright: ignore

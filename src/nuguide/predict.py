@@ -1,0 +1,149 @@
+"""The predictor: an image goes in, its nuclei come out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .checkpoint import ModelSpec
+from .instances import CHANNELS, Separation, enlarge, separate
+from .machine import choose_device, choose_precision, keep_freed_memory
+from .networks import fold_batch_norm
+from .nuclei import Nuclei
+from .resample import resampled_size, resize_image, resize_map
+from .tiling import batches, blend, cover, gather
+from .types import Tile, UserError
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MPP = 0.25          # of an image that does not say: what scanners call 40x
+TILE_PX, OVERLAP_PX, MARGIN_PX = 512, 64, 16      # at the network's resolution
+WINDOW_PX, HALO_PX = 2048, 64                     # of the separation into nuclei
+
+
+class Predictor:
+    """A model made ready to segment images on one device.
+
+    Batch norm is folded into the convolutions and memory laid out channels last; neither changes the result by more
+    than rounding.
+
+    Args:
+        model: a network or `Guided`, as `checkpoint.load` returns it; it is changed in place.
+        guide: its frozen guide, or None. spec: its spec.
+        device, precision: see `machine`. batch: tiles computed at once.
+        tile_px, overlap_px: of the tiles, at the network's resolution.
+        separation: how maps become nuclei.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        guide: nn.Module | None,
+        spec: ModelSpec,
+        device: str = "auto",
+        precision: str = "auto",
+        batch: int = 4,
+        tile_px: int = TILE_PX,
+        overlap_px: int = OVERLAP_PX,
+        separation: Separation | None = None,
+    ):
+        if batch < 1:
+            raise UserError(f"--batch must be 1 or more, not {batch}")
+        keep_freed_memory()
+        self.device = choose_device(device)
+        self.dtype = choose_precision(precision, self.device)
+        self.model = fold_batch_norm(model.eval()).to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.guide = None if guide is None else guide.eval().to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.spec = spec
+        self.batch, self.tile_px, self.overlap_px = batch, tile_px, overlap_px
+        self.separation = separation or Separation()
+
+    def segment(
+        self, image_rgb: np.ndarray, mpp: float | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> Nuclei:
+        """Every nucleus of an image.
+
+        Args:
+            image_rgb: (H, W, 3) uint8.
+            mpp: its microns per pixel; 0.25 (a 40x scan) is assumed, and logged, where it is not given.
+            progress: called with (tiles done, tiles in all).
+
+        Returns:
+            Nuclei at the size of the image.
+
+        Raises:
+            UserError: the image is no 8-bit RGB image, or mpp is not between 0.05 and 5.
+        """
+        image_rgb = np.asarray(image_rgb)
+        if image_rgb.ndim != 3 or image_rgb.shape[2] != 3 or image_rgb.dtype != np.uint8 or not image_rgb.size:
+            raise UserError(
+                f"the image is {image_rgb.dtype} of shape {image_rgb.shape}; give 8-bit RGB, (height, width, 3) uint8"
+            )
+        if mpp is None:
+            log.warning("no microns per pixel given; %s assumed (a 40x scan)", DEFAULT_MPP)
+            mpp = DEFAULT_MPP
+        if not 0.05 <= mpp <= 5:
+            raise UserError(f"microns per pixel must lie between 0.05 and 5, not {mpp}; a 40x scan has about 0.25")
+        size = resampled_size(image_rgb.shape[:2], mpp, self.spec.mpp)
+        nucleus, interior = self.probabilities(resize_image(image_rgb, size), progress)
+        labels = self.label(nucleus, interior)
+        fine = enlarge(labels, nucleus, image_rgb.shape[:2], self.separation.nucleus)
+        return Nuclei.found(fine, image_rgb, resize_map(nucleus, fine.shape), mpp)  # pyright: ignore[reportArgumentType]
+
+    def probabilities(
+        self, image_rgb: np.ndarray, progress: Callable[[int, int], None] | None = None
+    ) -> np.ndarray:
+        """Maps (2, H, W) float32 of `CHANNELS`, of an image (H, W, 3) uint8 at the network's resolution."""
+        shape = image_rgb.shape[:2]
+        tiles = cover(shape, self.tile_px, self.overlap_px)
+        mapped = self._map_tiles(image_rgb, tiles, progress)
+        return blend(shape, mapped, len(CHANNELS), self.overlap_px, MARGIN_PX)
+
+    def label(self, nucleus: np.ndarray, interior: np.ndarray) -> np.ndarray:
+        """The label map (H, W) int32 of two maps at the network's resolution, window by window where it is large."""
+
+        def one(tile: Tile) -> np.ndarray:
+            return separate(nucleus[tile.window], interior[tile.window], self.spec.mpp, self.separation)
+
+        return gather(nucleus.shape, WINDOW_PX, HALO_PX, one)[0]  # pyright: ignore[reportArgumentType]
+
+    def _map_tiles(
+        self, image_rgb: np.ndarray, tiles: list[Tile], progress: Callable[[int, int], None] | None
+    ) -> Iterator[tuple[Tile, np.ndarray]]:
+        done = 0
+        for group in batches(tiles, self.batch):
+            stack = np.stack([image_rgb[tile.window] for tile in group])
+            maps = self.maps(torch.from_numpy(stack).permute(0, 3, 1, 2)).numpy()
+            yield from zip(group, maps, strict=True)
+            done += len(group)
+            if progress is not None:
+                progress(done, len(tiles))
+
+    @torch.inference_mode()
+    def maps(self, image: Tensor) -> Tensor:
+        """Probabilities (B, 2, H, W) float32 on the CPU, of images (B, 3, H, W) uint8."""
+        image = image.to(self.device).float().contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            logits = self.model(image) if self.guide is None else self.model(image, self.guide(image))
+        return logits.float().sigmoid().cpu()
+
+
+def load(
+    name: str | Path = "default",
+    device: str = "auto",
+    precision: str = "auto",
+    batch: int = 4,
+    **options,
+) -> Predictor:
+    """A model by name or folder, ready to segment: `load("default").segment(image)`.
+
+    Raises:
+        UserError: there is no such model, or this machine lacks the device.
+    """
+    return Predictor(*checkpoint.load(name), device=device, precision=precision, batch=batch, **options)

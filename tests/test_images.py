@@ -381,6 +381,20 @@ def test_stacks_and_many_channels(tmp_path, picture):
     assert "6 channels" in refusal(path)
 
 
+def test_a_tiff_whose_pages_run_in_a_circle_is_read_to_an_end(tmp_path, picture):
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as tiff:
+        for pixels in (picture, picture[::2, ::2]):
+            tiff.write(pixels, photometric="rgb", metadata=None)
+    with tifffile.TiffFile(path) as tiff:
+        last = tiff.pages[1].offset
+    content = bytearray(path.read_bytes())
+    (tags,) = struct.unpack_from("<H", content, last)
+    struct.pack_into("<I", content, last + 2 + 12 * tags, last)  # after the last page comes the last page
+    path.write_bytes(content)
+    assert (read_image(path).image_rgb == picture).all()
+
+
 def overwrite(path: Path, **tags: int) -> None:
     """Change tags of the first page of a TIFF, and nothing else."""
     with tifffile.TiffFile(path, mode="r+") as tiff:

@@ -103,6 +103,42 @@ def test_panoptic_quality_without_a_match_is_zero():
     assert (quality.pq, quality.dq, quality.sq, quality.tp, quality.fp, quality.fn) == (0, 0, 0, 0, 1, 1)
 
 
+def naive_aji_and_pq(truth: np.ndarray, found: np.ndarray) -> tuple[float, float]:
+    """The definitions written down as loops over masks, nucleus by nucleus."""
+    true_masks = [truth == label for label in np.unique(truth) if label]
+    found_masks = [found == label for label in np.unique(found) if label]
+    shared_sum = union_sum = iou_sum = matches = 0
+    taken = set()
+    for mask in true_masks:
+        shared = [int((mask & other).sum()) for other in found_masks]
+        union = [int((mask | other).sum()) for other in found_masks]
+        best = int(np.argmax([s / u for s, u in zip(shared, union, strict=True)]))
+        if shared[best] == 0:
+            union_sum += int(mask.sum())
+            continue
+        taken.add(best)
+        shared_sum += shared[best]
+        union_sum += union[best]
+        if shared[best] / union[best] > 0.5:
+            matches += 1
+            iou_sum += shared[best] / union[best]
+    union_sum += sum(int(mask.sum()) for number, mask in enumerate(found_masks) if number not in taken)
+    return shared_sum / union_sum, iou_sum / (0.5 * (len(true_masks) + len(found_masks)))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_aji_and_pq_agree_with_the_definitions_as_loops(seed):
+    rng = np.random.default_rng(seed)
+    truth, found = np.zeros((2, 60, 60), np.int32)
+    for number in range(1, 25):
+        top, left, height, width, shift = rng.integers(0, [48, 48, 12, 12, 4])
+        truth[top : top + height, left : left + width] = number
+        found[top + shift : top + height, left : left + width + shift] = 25 - number
+    expected_aji, expected_pq = naive_aji_and_pq(truth, found)
+    assert aji(truth, found) == pytest.approx(expected_aji)
+    assert panoptic_quality(truth, found).pq == pytest.approx(expected_pq)
+
+
 @pytest.mark.parametrize("metric", SINGLE)
 def test_equal_maps_score_one(metric):
     truth = strip((1, 0, 100), (2, 100, 150))

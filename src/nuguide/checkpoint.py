@@ -35,6 +35,7 @@ class ModelSpec:
         guide, guide_weights, guide_px: a name of `GUIDES`, the id of its weights, and the side in pixels to which a
             tile is resized for it (None: as it is).
         mpp: microns per pixel the network works at. tile_px: side of the tiles it was trained on.
+        int8_ranges: of the inputs of its convolutions, for `networks.int8`; empty where they were not measured.
         origin: training data, licenses, recipe, scores, code version; facts for people, read by no code.
     """
 
@@ -48,6 +49,7 @@ class ModelSpec:
     guide_px: int | None = None
     mpp: float = 0.5
     tile_px: int = 256
+    int8_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     origin: dict = field(default_factory=dict)
 
 
@@ -116,9 +118,9 @@ def exchange(folder: Path, new: Path, old: Path) -> None:
 
 def model_folder(name: str | Path) -> Path:
     """The folder of a model given by name (of those that come with the package) or by path."""
-    if (folder := MODELS / str(name)).is_dir() and (folder / CONFIG).is_file():
-        return folder
-    path = Path(name)
+    path = MODELS / str(name)
+    if not (path / CONFIG).is_file():
+        path = Path(name)
     if path.is_file() and path.name in {WEIGHTS, CONFIG}:
         path = path.parent
     if path.is_file():
@@ -127,8 +129,8 @@ def model_folder(name: str | Path) -> Path:
             "loaded, since loading one can run its code)"
         )
     if not path.is_dir():
-        names = "".join(f"{config.parent.name}, " for config in sorted(MODELS.glob(f"*/{CONFIG}")))
-        raise UserError(f"{name}: no such model; give {names}or a folder with {WEIGHTS} and {CONFIG}")
+        names = "".join(f"{config.parent.name}, or " for config in sorted(MODELS.glob(f"*/{CONFIG}")))
+        raise UserError(f"{name}: no such model; give {names}a folder with {WEIGHTS} and {CONFIG}")
     for file in (WEIGHTS, CONFIG):
         if not (path / file).is_file():
             raise UserError(f"{path}: not a nuguide model, {file} is missing; give a folder that nuguide train wrote")

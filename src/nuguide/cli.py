@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from .datasets import Dataset
 
 Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "int8"]
 
 
 def segment(
@@ -30,7 +31,7 @@ def segment(
     formats: str = "labels,geojson,csv,overlay",
     device: Device = "auto",
     precision: Precision = "auto",
-    batch: int = 4,
+    batch: int = 1,
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> int:
     """Find every nucleus in images.
@@ -47,13 +48,15 @@ def segment(
             else 0.25 with a note.
         formats: Which files to write, separated by commas.
         device: Where to compute.
-        precision: Of the network; auto takes bf16 where this machine is faster with it.
-        batch: Tiles computed at once; more needs more memory.
+        precision: Of the network; auto takes what is fastest on this machine.
+        batch: Tiles computed at once; more is faster on a GPU and needs more memory.
         overwrite: Do finished images again.
     """
     from .fanout import SUMMARY, parse_formats, segment_files
     from .predict import DEFAULT_MPP, load
 
+    if not inputs:
+        raise UserError("nothing to segment; name image files, or folders of them")
     wanted = parse_formats(formats)
     if mpp is not None and not 0.05 <= mpp <= 5:
         raise UserError(f"--mpp {mpp}: must lie between 0.05 and 5; a 40x scan has about 0.25")
@@ -62,7 +65,7 @@ def segment(
         inputs,
         out,
         lambda image, image_mpp, tiles: predictor.segment(image, image_mpp, tiles),
-        model=model,
+        model=model_name(model),
         mpp=mpp,
         default_mpp=DEFAULT_MPP,
         formats=wanted,
@@ -80,6 +83,16 @@ def segment(
     if not outcome.failed:
         return 0
     return 1 if outcome.rows else 2
+
+
+def model_name(model: str) -> str:
+    """What a model is called in a summary: its name or absolute path, and the first digits of its weights' SHA-256."""
+    from .checkpoint import MODELS, WEIGHTS, model_folder
+    from .guides.weights import file_sha256
+
+    folder = model_folder(model)
+    called = folder.name if folder.parent == MODELS else folder.resolve()
+    return f"{called} ({file_sha256(folder / WEIGHTS)[:8]})"
 
 
 class Bar:
@@ -138,12 +151,16 @@ def train(
         val_fraction: Share of the images to hold out.
         split_seed: Draws the groups that are held out.
     """
-    from .datasets.splits import hold_out, shared_content, write_manifest
-    from .train import fit
+    from .datasets.splits import hold_out, read_manifest, shared_content, write_manifest
 
-    parts = [open_data(text) for text in data]
+    try:
+        from .train import fit
+    except ModuleNotFoundError as error:
+        raise UserError(f"training needs {error.name}; install it with: pip install 'nuguide[train]'") from error
+
+    parts = open_all(data)
     if val:
-        training, validation = parts, [open_data(text) for text in val]
+        training, validation = parts, open_all(val)
     else:
         held = []
         for part in parts:
@@ -153,13 +170,26 @@ def train(
                 raise UserError(f"{part.name}: {error}; name images to validate on with --val") from error
         training = [part.subset(train) for part, (train, _) in zip(parts, held, strict=True)]
         validation = [part.subset(keep) for part, (_, keep) in zip(parts, held, strict=True)]
-    out.mkdir(parents=True, exist_ok=True)
-    manifest = write_manifest(out / "split.json", {"train": training, "val": validation})
-    if twice := shared_content(manifest):
-        names = ", ".join(sorted({member.id for group in twice for _, member in group})[:6])
-        raise UserError(f"{out / 'split.json'}: the same picture stands in both parts ({names}); remove it from one")
+    split, new_split = out / "split.json", out / "split.new.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: no folder can be made here ({error.strerror}); choose another --out") from error
+    try:
+        manifest = write_manifest(new_split, {"train": training, "val": validation})
+        if twice := shared_content(manifest):
+            names = ", ".join(sorted({member.id for group in twice for _, member in group})[:6])
+            raise UserError(f"the same picture stands in both parts ({names}); remove it from one")
+        if split.is_file() and read_manifest(split).sha256 != manifest.sha256:
+            raise UserError(f"{split}: the run here was made with other images or parts; choose another --out")
+        new_split.replace(split)
+    finally:
+        new_split.unlink(missing_ok=True)
     print(f"{sum(map(len, training))} images to train on, {sum(map(len, validation))} to validate on")
-    folder = fit(training, validation, out, options)
+    try:
+        folder = fit(training, validation, out, options)
+    except SystemExit as error:                       # Lightning's answer to Ctrl-C
+        raise KeyboardInterrupt from error
     print(f"best model: {folder}\ncurves: {out / 'curves.png'}\nuse it: nuguide segment IMAGE --out DIR --model {folder}")
     return 0
 
@@ -193,25 +223,25 @@ def evaluate(
     from .evaluate import paired, summarize, write_scores
     from .predict import load
 
-    parts = [open_data(text, annotator) for text in data]
+    parts = open_all(data, annotator)
     if split is not None:
         parts = [validation_part(part, split) for part in parts]
     tables = {}
     for name in filter(None, (model, against)):
         predictor = load(name, device=device, precision=precision)
-        tables[name] = pd.concat([score_all(predictor, part, scored(part, name)) for part in parts], ignore_index=True)
-    for part in parts:
-        of_part = {name: table[table["dataset"] == part.name] for name, table in tables.items()}
-        for name, table in of_part.items():
-            print(f"\n{part.name}, {len(table)} images, {name}:")
-            print(summarize(table).to_string(index=False, float_format="%.3f"))
+        tables[name] = [score_all(predictor, part, scored(part, name)) for part in parts]
+    for index, part in enumerate(parts):
+        for name, scores in tables.items():
+            print(f"\n{part.name}, {len(part)} images, {name}:")
+            print(summarize(scores[index]).to_string(index=False, float_format="%.3f"))
         if against is not None:
+            difference = paired(tables[model][index], tables[against][index])
             print(f"\n{part.name}, {model} minus {against}, image by image:")
-            print(paired(of_part[model], of_part[against]).to_string(index=False, float_format="%+.3f"))
+            print(difference.to_string(index=False, float_format="%+.3f"))
     if out is not None:
         facts = {"code": f"nuguide {__version__}", "model": model, "data": list(data), "annotator": annotator,
                  "split": None if split is None else str(split), "precision": precision}
-        write_scores(out, tables[model], facts)
+        write_scores(out, pd.concat(tables[model], ignore_index=True), facts)
         print(f"\nscores of every image: {out}")
     return 0
 
@@ -228,6 +258,18 @@ def scored(part: Dataset, model: str) -> Callable[[int], None]:
             bar.close()
 
     return done
+
+
+def open_all(texts: Sequence[str], annotator: str | None = None) -> list[Dataset]:
+    """The data sets that are named; UserError where there is none, or an image of one name stands in two."""
+    if not texts:
+        raise UserError("no data; name a FOLDER of images/ and labels/, or NAME=FOLDER")
+    parts = [open_data(text, annotator) for text in texts]
+    images = [(part.name, id) for part in parts for id in part.ids]
+    if len(set(images)) < len(images):
+        name, id = next(image for image in images if images.count(image) > 1)
+        raise UserError(f"two data sets called {name} have an image {id}; rename one of their folders")
+    return parts
 
 
 def open_data(text: str, annotator: str | None = None) -> Dataset:
@@ -275,6 +317,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("nuguide: stopped; the same command goes on where it was", file=sys.stderr)
         code = 130
+    except BrokenPipeError:                           # whoever read the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # nor may the last flush complain
+        code = 141
     sys.exit(code)
 
 

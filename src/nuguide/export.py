@@ -13,7 +13,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +44,7 @@ SIMPLIFY_PX = 0.35
 _QUPATH_SHIFT_PX = 0.5  # QuPath counts from the corner of the first pixel, `rings` from its center
 _TILE_PX = 512
 _TILED_FROM_PX = 2048
+_WIDE_LINES_FROM_PX = 1500
 _DECIMALS = {"centroid_x_px": 2, "centroid_y_px": 2, "centroid_x_um": 3, "centroid_y_um": 3, "area_um2": 3}
 _OTHER_DECIMALS = 4
 
@@ -118,7 +119,7 @@ def write_overlay(path: Path, image_rgb: np.ndarray, rings: dict[int, np.ndarray
 
 
 def overlay(image_rgb: np.ndarray, rings: dict[int, np.ndarray]) -> np.ndarray:
-    """The image with its outlines drawn in `OUTLINE_RGB`, one pixel thick for each 1000 pixels of its longer side.
+    """The image with its outlines drawn in `OUTLINE_RGB`, 1 pixel wide, or 3 where a side has 1500 pixels or more.
 
     Args:
         image_rgb: (H, W, 3) uint8, left as it is.
@@ -127,7 +128,7 @@ def overlay(image_rgb: np.ndarray, rings: dict[int, np.ndarray]) -> np.ndarray:
         (H, W, 3) uint8.
     """
     picture = np.array(image_rgb, np.uint8, order="C")
-    thickness = max(1, round(max(picture.shape[:2]) / 1000))
+    thickness = 2 if max(picture.shape[:2]) >= _WIDE_LINES_FROM_PX else 1  # OpenCV's 2 is 3 pixels
     cv2.polylines(picture, _half_pixels(rings), True, OUTLINE_RGB, thickness, cv2.LINE_8, shift=1)
     return picture
 
@@ -156,7 +157,8 @@ def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the name and the permissions") from error
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path}: is not GeoJSON of polygons ({error}); export it from QuPath as GeoJSON") from error
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{path}: is not GeoJSON of polygons ({reason}); export it from QuPath as GeoJSON") from error
     return _filled(polygons, shape)
 
 
@@ -273,4 +275,5 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         remedy = _REMEDIES.get(error.errno or 0, "check the disk and the folder")
         raise UserError(f"{path}: not written ({error.strerror or error}); {remedy}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()

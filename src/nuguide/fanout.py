@@ -105,15 +105,18 @@ def segment_files(
     except OSError as error:
         raise UserError(f"{out}: no folder can be made here ({error.strerror}); choose another --out") from error
     outcome = Outcome()
-    files = []
+    found: dict[Path, Path] = {}                        # the absolute path of each file, and as it was given
     for given in inputs:
         try:
-            files += [file for file in list_images([given]) if file not in files]
+            for file in list_images([given]):
+                found.setdefault(file.resolve(), file)
         except UserError as error:
             outcome.failed.append(str(error))
+    files = list(found.values())
     before = read_summary(out / SUMMARY)
     names = name_results(files, {row.source: row.name for row in before.values()})
-    watch.begin(len(files))
+    if files:
+        watch.begin(len(files))
     for file, name in zip(files, names, strict=True):
         source = str(file.resolve())
         line = None
@@ -131,7 +134,8 @@ def segment_files(
             outcome.failed.append(str(error))
             line = f"failed: {error}"
         except MemoryError:
-            outcome.failed.append(f"{file}: does not fit into memory; cut it into smaller images")
+            outcome.failed.append(f"{file}: does not fit into memory; cut it into smaller images, or lower --batch")
+            line = f"failed: {outcome.failed[-1]}"
         watch.end(line)
     return outcome
 
@@ -216,7 +220,7 @@ def name_results(files: Sequence[Path], taken: dict[str, str]) -> list[str]:
         taken: names that are in use, by the absolute path of the file that uses each.
     """
     stems = Counter(file.stem.casefold() for file in files)      # some disks do not tell A from a
-    used = {name.casefold() for name in taken.values()}
+    used = {name.casefold() for name in taken.values()} | {Path(SUMMARY).stem}
     names = []
     for file in files:
         source = str(file.resolve())
@@ -237,10 +241,10 @@ def read_summary(path: Path) -> dict[str, Row]:
     """The rows of a summary by source; none where there is no summary yet."""
     if not path.exists():
         return {}
-    columns = [field.name for field in dataclasses.fields(Row)]
+    types = {field.name: str(field.type) for field in dataclasses.fields(Row)}
     try:
-        table = pd.read_csv(path, dtype={"name": str, "source": str, "model": str}, keep_default_na=False)
-        return {row["source"]: Row(**row) for row in table[columns].to_dict("records")}  # pyright: ignore[reportArgumentType]
+        table = pd.read_csv(path, dtype=types, keep_default_na=False)  # pyright: ignore[reportArgumentType]
+        return {row["source"]: Row(**row) for row in table[list(types)].to_dict("records")}  # pyright: ignore[reportArgumentType]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: is no summary of ours; move it away or choose another --out") from error
 

@@ -211,6 +211,7 @@ def _read_picture(file: BinaryIO, opener: type[ImageFile], start: bytes, limit: 
 def _read_tiff(file: BinaryIO, limit: int) -> Image:
     """The largest image of a TIFF at full resolution: layout and scale by tifffile, pixels by whom can decode them."""
     with tifffile.TiffFile(file) as tiff:
+        len(tiff.pages)  # follows the chain of pages once, to its end or into a loop: `series` would run in it for ever
         for page in (series.keyframe for series in tiff.series):
             _admit(page.imagewidth, page.imagelength, limit)
             _admit(page.tilewidth or 1, page.tilelength or 1, limit)
@@ -246,7 +247,8 @@ def _finished(channels: np.ndarray, alpha: str, orientation: int, mpp: float | N
     if orientation in _UPRIGHT:
         notes.append(TURNED)
         image_rgb = _UPRIGHT[orientation](image_rgb)
-    image_rgb = np.broadcast_to(image_rgb, (*image_rgb.shape[:2], 3))
+    if colors < 3:
+        image_rgb = np.broadcast_to(image_rgb, (*image_rgb.shape[:2], 3))
     return Image(np.require(image_rgb, np.uint8, ["C", "W"]), mpp, tuple(notes))
 
 

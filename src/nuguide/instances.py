@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from scipy import ndimage
 
 from .resample import resize_labels, resize_map
 
@@ -27,6 +28,7 @@ def targets(labels: np.ndarray) -> np.ndarray:
     found, index = np.unique(labels.ravel()[inside], return_inverse=True)
     greatest = np.zeros(len(found), np.float32)
     np.maximum.at(greatest, index, depth.ravel()[inside])
+    greatest[greatest == 0] = -1                                      # all border: then all of it is interior
     interior = np.zeros(labels.shape, np.float32)
     interior.ravel()[inside] = depth.ravel()[inside] > INTERIOR_DEPTH * greatest[index]
     return np.stack([(labels > 0).astype(np.float32), interior])
@@ -40,7 +42,7 @@ class Separation:
         nucleus: probability from which a pixel is nucleus. interior: probability from which it can seed one.
         min_area_um2: smaller nuclei are dropped. min_seed_um2: smaller seeds are.
         max_hole_um2: smaller holes are filled.
-        reach_um: how far a nucleus may grow from its seed; it bounds how far away a pixel can matter.
+        reach_um: how far a nucleus may grow from its seed at each level; it bounds how far away a pixel can matter.
     """
 
     nucleus: float = 0.5
@@ -67,7 +69,8 @@ def separate(nucleus: np.ndarray, interior: np.ndarray, mpp: float, how: Separat
         nucleus, interior: (H, W) float, 0..1. mpp: microns per pixel.
 
     Returns:
-        (H, W) int32; 0 is background, nuclei are numbered from 1, from top to bottom, each in one 8-connected piece.
+        (H, W) int32; 0 is background, nuclei are numbered from 1, by the top of their seeds, each in one 8-connected
+        piece.
     """
     how = how or Separation()
     pixel_um2 = mpp * mpp
@@ -121,10 +124,9 @@ def flood(labels: np.ndarray, mask: np.ndarray, steps: int) -> None:
 
     Of several labels that reach a pixel in the same step the largest takes it.
     """
-    allowed = mask.view(np.uint8) * np.uint8(255)
     before, idle = -1, 0
     for step in range(steps):
-        free = cv2.bitwise_and(cv2.compare(labels, 0, cv2.CMP_EQ), allowed)
+        free = ((labels == 0) & mask).view(np.uint8)
         remaining = cv2.countNonZero(free)
         idle = idle + 1 if remaining == before else 0
         if remaining == 0 or idle == 2:                 # neither the cross nor the square found anything more
@@ -140,7 +142,8 @@ def enlarge(labels: np.ndarray, nucleus: np.ndarray, size: tuple[int, int], thre
         labels: (h, w) int32. nucleus: (h, w) float32, the map that they were made from. size: (H, W) wanted.
 
     Returns:
-        (H, W) uint32, the same numbers; a nucleus that would have no pixel at that size is missing.
+        (H, W) uint32, the same numbers, each nucleus in one 8-connected piece; one that would have no pixel at that
+        size is missing.
     """
     if labels.shape == size:
         return labels.astype(np.uint32)
@@ -150,4 +153,19 @@ def enlarge(labels: np.ndarray, nucleus: np.ndarray, size: tuple[int, int], thre
     fine = resize_labels(labels, size).astype(np.float32)
     fine *= mask
     flood(fine, mask, steps=2 * max(1, round(size[0] / labels.shape[0])))
-    return fine.astype(np.uint32)
+    return largest_pieces(fine.astype(np.int32)).astype(np.uint32)
+
+
+def largest_pieces(labels: np.ndarray) -> np.ndarray:
+    """A label map (H, W) int32 with only the largest 8-connected piece of every nucleus, in place.
+
+    A bridge of one pixel can fall below the threshold between pixels and leave a nucleus in two.
+    """
+    for number, box in enumerate(ndimage.find_objects(labels), 1):
+        if box is None:
+            continue
+        one = labels[box] == number
+        count, pieces, stats, _ = cv2.connectedComponentsWithStats(one.view(np.uint8), connectivity=8)
+        if count > 2:
+            labels[box][one & (pieces != 1 + stats[1:, cv2.CC_STAT_AREA].argmax())] = 0
+    return labels

@@ -10,9 +10,11 @@ import time
 import torch
 from torch import nn
 
+from .networks.int8 import Int8Conv, int8_available
 from .types import UserError
 
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16")          # to train in
+ARITHMETICS = (*PRECISIONS, "int8")           # to segment in
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
@@ -51,22 +53,56 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bf16" else torch.float32
 
 
+def choose_arithmetic(name: str, device: torch.device, has_int8: bool) -> str:
+    """`fp32`, `bf16` or `int8`, for inference; `auto` takes what is measured to be fastest here, fp32 unless by a tenth.
+
+    Args:
+        has_int8: the model knows the ranges of its activations.
+
+    Raises:
+        UserError: int8 is asked for where the model, the device or this build of torch does not have it.
+    """
+    able = has_int8 and device.type == "cpu" and int8_available()
+    if name == "int8" and not able:
+        raise UserError(
+            "--precision int8: needs a CPU, a torch built with oneDNN, and a model that knows its ranges "
+            "(those that nuguide train writes do); use --precision auto"
+        )
+    if name == "int8" or (name == "auto" and able and int8_speedup() > max(1.1, bf16_speedup())):
+        return "int8"
+    if name not in ARITHMETICS:
+        raise UserError(f"unknown precision {name!r}; choose from {', '.join(ARITHMETICS)}")
+    return "bf16" if choose_precision(name, device) is torch.bfloat16 else "fp32"
+
+
 @functools.cache
 def bf16_speedup() -> float:
     """How many times faster than fp32 one of the network's 3x3 convolutions runs in bf16 here; takes about 50 ms.
 
     Processors differ in kind: some multiply bfloat16 at three times the rate of fp32, some at half of it.
     """
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        conv = nn.Conv2d(80, 80, 3, padding=1).to(dtype).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        x = torch.ones(1, 80, 128, 128, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        with torch.inference_mode():
+    return convolution_seconds("fp32") / convolution_seconds("bf16")
+
+
+@functools.cache
+def int8_speedup() -> float:
+    """The same for 8-bit integers, the quantizing of the input included."""
+    return convolution_seconds("fp32") / convolution_seconds("int8")
+
+
+@functools.cache
+def convolution_seconds(arithmetic: str) -> float:
+    """Seconds of a 3x3 convolution 80 -> 80 of 128 x 128 px here: the least of three."""
+    dtype = torch.bfloat16 if arithmetic == "bf16" else torch.float32
+    conv: nn.Module = nn.Conv2d(80, 80, 3, padding=1).to(dtype).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if arithmetic == "int8":
+        conv = Int8Conv(conv, 0.0, 1.0, relu=False)  # pyright: ignore[reportArgumentType]
+    x = torch.ones(1, 80, 128, 128, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    rounds = []
+    with torch.inference_mode():
+        conv(x)
+        for _ in range(3):
+            start = time.perf_counter()
             conv(x)
-            rounds = []
-            for _ in range(3):
-                start = time.perf_counter()
-                conv(x)
-                rounds.append(time.perf_counter() - start)
-        seconds[dtype] = min(rounds)
-    return seconds[torch.float32] / seconds[torch.bfloat16]
+            rounds.append(time.perf_counter() - start)
+    return min(rounds)

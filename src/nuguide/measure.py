@@ -44,8 +44,8 @@ def measure(
     """One row a nucleus, ordered by id, with `COLUMNS`: id int64, everything else float64.
 
     * centroid: mean of the pixel centers, in the frame of this module. Area: all pixels of the label.
-    * perimeter: length of the outline times pi (1 + sqrt 2) / 8 = 0.948, the mean excess over all directions of a path
-      that can only turn by 45 degrees (Kulpa, CGIP 6, 1977): within 3% for a disk of radius 5 px or more.
+    * perimeter: length of the outline times pi (1 + sqrt 2) / 8 = 0.948, which takes off the mean excess of a path that
+      can only turn by 45 degrees (Kulpa, CGIP 6, 1977): within 3% for disks of a radius of 6 px or more.
     * eccentricity: of the ellipse with the same second moments, each pixel a unit square (its own variance, 1/12,
       included, so that a single pixel has 0): 0 for a disk, towards 1 for a line.
     * solidity: area inside the outline over the area of its convex hull.
@@ -136,7 +136,7 @@ class _Runs:
 def _runs(labels: np.ndarray) -> _Runs:
     if labels.ndim != 2 or labels.dtype.kind not in "ui":
         raise ValueError(f"labels are {labels.dtype} of shape {labels.shape}: a label map is (H, W) of integers")
-    width = labels.shape[1]
+    width = max(labels.shape[1], 1)
     flat = np.ascontiguousarray(labels).ravel()
     changes = flat[1:] != flat[:-1]
     changes[width - 1 :: width] = True  # a run ends with its row
@@ -148,7 +148,7 @@ def _runs(labels: np.ndarray) -> _Runs:
     length = end - begin
     first = np.cumsum(length) - length
     pixels = np.arange(length.sum()) + np.repeat(begin - first, length)
-    row = begin // max(width, 1)
+    row = begin // width
     return _Runs(ids, nucleus, row, begin - row * width, end - row * width, pixels, first)
 
 

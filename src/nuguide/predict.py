@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from . import checkpoint
 from .checkpoint import ModelSpec
 from .instances import CHANNELS, Separation, enlarge, separate
-from .machine import choose_device, choose_precision, keep_freed_memory
+from .machine import choose_arithmetic, choose_device, keep_freed_memory
 from .networks import fold_batch_norm
+from .networks.int8 import to_int8
 from .nuclei import Nuclei
 from .resample import resampled_size, resize_image, resize_map
 from .tiling import batches, blend, cover, gather
@@ -23,7 +24,7 @@ from .types import Tile, UserError
 log = logging.getLogger(__name__)
 
 DEFAULT_MPP = 0.25          # of an image that does not say: what scanners call 40x
-TILE_PX, OVERLAP_PX, MARGIN_PX = 512, 64, 16      # at the network's resolution
+TILE_PX, OVERLAP_PX, MARGIN_PX = 544, 64, 16      # at the network's resolution
 WINDOW_PX, HALO_PX = 2048, 64                     # of the separation into nuclei
 
 
@@ -48,7 +49,7 @@ class Predictor:
         spec: ModelSpec,
         device: str = "auto",
         precision: str = "auto",
-        batch: int = 4,
+        batch: int = 1,
         tile_px: int = TILE_PX,
         overlap_px: int = OVERLAP_PX,
         separation: Separation | None = None,
@@ -57,9 +58,13 @@ class Predictor:
             raise UserError(f"--batch must be 1 or more, not {batch}")
         keep_freed_memory()
         self.device = choose_device(device)
-        self.dtype = choose_precision(precision, self.device)
+        self.precision = choose_arithmetic(precision, self.device, bool(spec.int8_ranges))
         self.model = fold_batch_norm(model.eval()).to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.guide = None if guide is None else guide.eval().to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if self.precision == "int8":
+            to_int8(self.model, spec.int8_ranges)
+        self.guide = guide
+        if guide is not None:
+            self.guide = fold_batch_norm(guide.eval()).to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.spec = spec
         self.batch, self.tile_px, self.overlap_px = batch, tile_px, overlap_px
         self.separation = separation or Separation()
@@ -79,6 +84,7 @@ class Predictor:
 
         Raises:
             UserError: the image is no 8-bit RGB image, or mpp is not between 0.05 and 5.
+            MemoryError: it does not fit into memory.
         """
         image_rgb = np.asarray(image_rgb)
         if image_rgb.ndim != 3 or image_rgb.shape[2] != 3 or image_rgb.dtype != np.uint8 or not image_rgb.size:
@@ -103,7 +109,7 @@ class Predictor:
         shape = image_rgb.shape[:2]
         tiles = cover(shape, self.tile_px, self.overlap_px)
         mapped = self._map_tiles(image_rgb, tiles, progress)
-        return blend(shape, mapped, len(CHANNELS), self.overlap_px, MARGIN_PX)
+        return blend(shape, mapped, len(CHANNELS), self.overlap_px, min(MARGIN_PX, self.overlap_px // 4))
 
     def label(self, nucleus: np.ndarray, interior: np.ndarray) -> np.ndarray:
         """The label map (H, W) int32 of two maps at the network's resolution, window by window where it is large."""
@@ -127,18 +133,27 @@ class Predictor:
 
     @torch.inference_mode()
     def maps(self, image: Tensor) -> Tensor:
-        """Probabilities (B, 2, H, W) float32 on the CPU, of images (B, 3, H, W) uint8."""
-        image = image.to(self.device).float().contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-            logits = self.model(image) if self.guide is None else self.model(image, self.guide(image))
-        return logits.float().sigmoid().cpu()
+        """Probabilities (B, 2, H, W) float32 on the CPU, of images (B, 3, H, W) uint8.
+
+        Raises:
+            MemoryError: the batch is too large for the device.
+        """
+        try:
+            image = image.to(self.device).float().contiguous(memory_format=torch.channels_last)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                logits = self.model(image) if self.guide is None else self.model(image, self.guide(image))
+            return logits.float().sigmoid().cpu()
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):     # on a GPU; on a CPU
+                raise MemoryError(f"a batch of {len(image)} tiles does not fit into memory; lower --batch") from error
+            raise
 
 
 def load(
     name: str | Path = "default",
     device: str = "auto",
     precision: str = "auto",
-    batch: int = 4,
+    batch: int = 1,
     **options,
 ) -> Predictor:
     """A model by name or folder, ready to segment: `load("default").segment(image)`.

@@ -70,12 +70,15 @@ def blend(
 
     Args:
         tiles: of `cover` with this overlap, each with its map (channels, tile height, tile width) float.
-        margin_px: below half the overlap.
+        margin_px: 0, or below half the overlap.
 
     Returns:
         (channels, H, W) float32.
+
+    Raises:
+        ValueError: the margins leave nothing of the overlap.
     """
-    if 2 * margin_px >= overlap_px > 0:
+    if margin_px > 0 and 2 * margin_px >= overlap_px:
         raise ValueError(f"a margin of {margin_px} px leaves nothing of an overlap of {overlap_px} px")
     total = np.zeros((channels, *shape), np.float32)
     weights = np.zeros(shape, np.float32)

@@ -33,6 +33,7 @@ from .latents import LatentCache
 from .losses import dice_focal
 from .machine import choose_device, choose_precision, keep_freed_memory
 from .metrics import dice
+from .networks.int8 import InputRanges
 from .recipe import TrainOptions
 from .types import UserError
 
@@ -73,11 +74,9 @@ class Training(lightning.LightningModule):
         if self.frozen[0] is not None:
             self.frozen[0].to(self.device)
 
-    def on_train_epoch_start(self) -> None:
-        # drop-out's draws depend on the seed and the epoch alone, so a resumed run equals an unbroken one
-        torch.manual_seed(self.options.seed * 100_003 + self.current_epoch)
-
     def training_step(self, batch: Batch, _index: int) -> Tensor:
+        # drop-out's draws depend on the seed and the step alone, so a resumed run equals an unbroken one
+        torch.manual_seed(self.options.seed * 1_000_003 + self.global_step)
         logits = self(batch.image, batch.latent)
         heads = logits if isinstance(logits, list) else [logits]
         loss = torch.stack([dice_focal(head, batch.target) for head in heads]).mean()
@@ -224,7 +223,8 @@ def fit(
         raise UserError(f"no model can be built with these options: {error}") from error
     model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     last = prepare_folder(out, options, resume)
-    loader, held = loaders(pictures_of(train, options.mpp), pictures_of(val, options.mpp), out, guide, options)
+    pictures = pictures_of(train, options.mpp)
+    loader, held = loaders(pictures, pictures_of(val, options.mpp), out, guide, options)
     with lightning_quiet():
         trainer = lightning.Trainer(
             max_epochs=options.epochs,
@@ -251,7 +251,23 @@ def fit(
             )
         except OSError as error:
             raise UserError(f"{out}: the run was cut ({error}); repeat the command to go on from there") from error
-    return out / "model"
+    return calibrate(out / "model", pictures)
+
+
+def calibrate(folder: Path, pictures: Sequence[Picture], at_most: int = 48) -> Path:
+    """Measure the ranges of a model's activations on pictures it was trained on, and note them in its folder."""
+    model, guide, spec = checkpoint.load(folder)
+    chosen = pictures[:: -(-len(pictures) // at_most)]
+    with torch.inference_mode(), InputRanges(model) as seen:
+        for drawn in chosen:
+            image = torch.from_numpy(drawn.image_rgb.copy()).permute(2, 0, 1)[None].float()
+            image = image[..., : 2 * spec.tile_px, : 2 * spec.tile_px].contiguous(memory_format=torch.channels_last)
+            if guide is None:
+                model(image)
+            else:
+                model(image, guide(image))
+    ranges = {name: (round(low, 4), round(high, 4)) for name, (low, high) in seen.ranges.items()}
+    return checkpoint.save(folder, model, dataclasses.replace(spec, int8_ranges=ranges))
 
 
 def loaders(

@@ -30,18 +30,19 @@ class SameConv(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, linear: bool = False):
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
-        self.norm = nn.BatchNorm2d(outputs, eps=1e-3)
+        padding = kernel // 2 if stride == 1 else 0
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
+        self.norm: nn.Module = nn.BatchNorm2d(outputs, eps=1e-3)
         self.linear = linear
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
-        if kernel > 1:
+        if stride > 1:
             totals = [max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:]]
             below, right = (total - total // 2 for total in totals)
             x = F.pad(x, (totals[1] // 2, right, totals[0] // 2, below))
         x = self.norm(self.conv(x))
-        return x if self.linear else F.relu6(x)
+        return x if self.linear else F.hardtanh(x, 0.0, 6.0, inplace=not self.training)
 
 
 class InvertedResidual(nn.Module):

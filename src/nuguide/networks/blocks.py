@@ -144,7 +144,7 @@ def pool_layer(name: str) -> nn.Module:
 
 
 def fold_batch_norm(module: nn.Module) -> nn.Module:
-    """Merge every `ConvUnit`'s batch norm into its convolution, in place; for evaluation only.
+    """Merge the batch norm of every unit of a `conv` and a `norm` into its convolution, in place; for evaluation only.
 
     Raises:
         ValueError: the module is in training mode, where batch norm is no fixed map.
@@ -152,8 +152,9 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
     if module.training:
         raise ValueError("batch norm can be folded only in evaluation mode; call .eval() first")
     for unit in module.modules():
-        if isinstance(unit, ConvUnit) and isinstance(unit.norm, nn.BatchNorm2d):
-            unit.conv = fuse_conv_bn_eval(unit.conv, unit.norm)
+        conv, norm = getattr(unit, "conv", None), getattr(unit, "norm", None)
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            unit.conv = fuse_conv_bn_eval(conv, norm)
             unit.norm = nn.Identity()
     return module
 

@@ -1,0 +1,212 @@
+"""Patches drawn from a seed and a number alone, balanced over groups, with the latent that belongs to them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nuguide.augment import Augmentation
+from nuguide.batches import Patches, Picture, Stretch, collate, drawing_weights, lattice_patch, picture, turned
+from nuguide.guides import GUIDES, FrozenGuide
+from nuguide.instances import targets
+from nuguide.latents import LatentCache
+from nuguide.types import Sample
+
+STILL = Augmentation(
+    rotate=False, scale=(1, 1), elastic_px=0,
+    gamma=(1, 1), brightness=0, contrast=(1, 1), clahe=0, stain=0, stain_shift=0,
+)
+
+
+class MeanColor(nn.Module):
+    """A guide that says the mean color of each 16 x 16 cell: turning its input turns its output, exactly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Conv2d(3, 3, 16, stride=16, groups=3, bias=False)
+        nn.init.constant_(self.mean.weight, 1 / 256)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.mean(image)
+
+
+@pytest.fixture
+def mean_color() -> FrozenGuide:
+    spec = dataclasses.replace(GUIDES["efficientnet_lite0"], name="mean_color", channels=3)
+    return FrozenGuide(MeanColor(), spec, "constant")
+
+
+def drawn(size: tuple[int, int] = (48, 48), name: str = "one", group: str = "all", seed: int = 0) -> Picture:
+    """Smooth noise with four nuclei."""
+    image = cv2.GaussianBlur(np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8), (0, 0), 2)
+    labels = np.zeros(size, np.int32)
+    for number, (y, x) in enumerate([(1, 1), (1, 3), (3, 1), (3, 3)], start=1):
+        cv2.circle(labels, (x * size[1] // 4, y * size[0] // 4), min(size) // 10, number, -1)
+    return Picture(name, group, image, labels)
+
+
+def same(one: tuple, other: tuple) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one[:2], other[:2], strict=True))
+
+
+def test_a_picture_is_the_sample_at_the_networks_resolution(tissue: Sample) -> None:
+    coarse = picture(tissue, 1.0)                        # 256 px at 0.5 microns: 128 px at 1 micron
+    assert coarse.image_rgb.shape == (128, 128, 3)
+    assert coarse.labels.dtype == np.int32
+    assert set(np.unique(coarse.labels)) == set(np.unique(tissue.labels))
+    assert np.count_nonzero(coarse.labels) == pytest.approx(np.count_nonzero(tissue.labels) / 4, rel=0.02)
+    assert (coarse.id, coarse.group) == ("drawn", "drawn")
+
+
+# --- which picture ---
+
+
+@pytest.mark.parametrize(
+    ("balance", "expected"),
+    [
+        (0, [1 / 4, 1 / 4, 1 / 4, 1 / 4]),
+        (1, [1 / 6, 1 / 6, 1 / 6, 1 / 2]),               # either group half of the draws
+        (0.5, [0.2113, 0.2113, 0.2113, 0.3660]),         # 1/sqrt(3) each and 1, over sqrt(3) + 1
+    ],
+)
+def test_drawing_weights_by_hand(balance: float, expected: list[float]) -> None:
+    assert drawing_weights(["a", "a", "a", "b"], balance) == pytest.approx(expected, abs=1e-4)
+
+
+def test_pictures_are_drawn_as_often_as_their_weights_say() -> None:
+    # flat pictures of gray levels 0, 50, 100 in one group and 150 in another
+    pictures = [
+        Picture(str(i), group, np.full((8, 8, 3), 50 * i, np.uint8), np.zeros((8, 8), np.int32))
+        for i, group in enumerate("aaab")
+    ]
+    patches = Patches(pictures, 8, STILL, seed=0, balance=1)
+    seen = Counter(int(patches[i][0][0, 0, 0]) // 50 for i in range(1200))
+    assert [seen[i] / 1200 for i in range(4)] == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2], abs=0.04)
+
+
+# --- which patch ---
+
+
+def test_a_patch_is_a_function_of_the_seed_and_its_number() -> None:
+    pictures = [drawn(seed=s) for s in range(3)]
+    one, other = (Patches(pictures, 32, Augmentation(), seed=7) for _ in range(2))
+    forward, backward = [one[i] for i in range(6)], [other[i] for i in reversed(range(6))]
+    assert all(same(a, b) for a, b in zip(forward, reversed(backward), strict=True))
+    assert not any(same(forward[i], forward[j]) for i in range(6) for j in range(i))
+    assert not same(Patches(pictures, 32, Augmentation(), seed=8)[0], forward[0])
+
+
+def test_targets_are_those_of_the_patchs_labels() -> None:
+    # without augmentation the patch is the picture turned, and so are its targets
+    whole = drawn((32, 32))
+    image, target, latent = Patches([whole], 32, STILL, seed=0)[0]
+    assert latent is None
+    ways = [(turns, flip) for turns in range(4) for flip in (False, True)]
+    (way,) = [way for way in ways if np.array_equal(turned(whole.image_rgb, *way), image)]
+    assert np.array_equal(target, targets(turned(whole.labels, *way)))
+
+
+def test_the_epochs_of_a_run_use_each_patch_number_once() -> None:
+    sampler = Stretch(10)
+    assert len(sampler) == 10
+    assert list(sampler) == list(range(10))
+    sampler.set_epoch(2)
+    assert list(sampler) == list(range(20, 30))
+
+
+def test_collate_stacks_patches_with_channels_last_in_memory() -> None:
+    patches = Patches([drawn()], 32, Augmentation(), seed=0)
+    batch = collate([patches[0], patches[1]])
+    assert batch.image.shape == (2, 3, 32, 32)
+    assert batch.image.dtype == batch.target.dtype == torch.float32
+    assert batch.image.is_contiguous(memory_format=torch.channels_last)
+    assert batch.target.shape == (2, 2, 32, 32)
+    assert batch.latent is None
+    assert np.array_equal(batch.image[1].permute(1, 2, 0).numpy(), patches[1][0])
+
+
+# --- cached latents ---
+
+
+def test_the_lattice_steps_by_half_a_patch_and_ends_flush_with_the_border() -> None:
+    # patches of 32 in 100 x 48: rows from 0, 16, ... 64 and 68, columns from 0 and 16
+    rows = np.repeat(np.arange(100, dtype=np.uint8)[:, None], 48, axis=1)
+    columns = np.repeat(np.arange(48, dtype=np.uint8)[None], 100, axis=0)
+    whole = Picture("p", "g", np.stack([rows, columns, rows], 2), np.zeros((100, 48), np.int32))
+    starts = {tuple(lattice_patch(whole, 32, np.random.default_rng(s))[0][0, 0, :2].tolist()) for s in range(200)}
+    assert starts == {(row, column) for row in (0, 16, 32, 48, 64, 68) for column in (0, 16)}
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 64), (20, 70)])
+def test_a_cached_latent_is_that_of_the_turned_patch(
+    size: tuple[int, int], mean_color: FrozenGuide, tmp_path: Path
+) -> None:
+    cache = LatentCache(tmp_path, 10**7)
+    patches = Patches([drawn(size)], 32, STILL, seed=0, guide=mean_color, cache=cache)
+    ways = set()
+    for i in range(40):
+        image, target, latent = patches[i]
+        assert latent is not None
+        assert image.shape == (32, 32, 3)
+        seen = mean_color(torch.from_numpy(image).permute(2, 0, 1)[None].float())[0]
+        torch.testing.assert_close(latent.float(), seen, atol=0.1, rtol=0)     # fp16 near 128 is exact to 1/16
+        ways.add(latent.numpy().tobytes())
+    assert len(ways) >= 8                                # of one cached latent there are eight orientations
+
+
+def test_a_latent_is_computed_once_for_each_place_of_the_lattice(mean_color: FrozenGuide, tmp_path: Path) -> None:
+    calls = []
+    mean_color.register_forward_hook(lambda *_: calls.append(1))
+    patches = Patches([drawn()], 32, Augmentation(), 0, guide=mean_color, cache=LatentCache(tmp_path, 10**7))
+    for i in range(60):
+        patches[i]
+    assert len(calls) == 4                               # rows and columns from 0 and 16
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 4
+
+
+def test_color_varies_for_the_network_while_the_latent_stays(mean_color: FrozenGuide, tmp_path: Path) -> None:
+    cache = LatentCache(tmp_path, 10**7)
+    plain = Patches([drawn((32, 32))], 32, STILL, 0, guide=mean_color, cache=cache)[0]
+    colored = Patches(
+        [drawn((32, 32))], 32, dataclasses.replace(STILL, brightness=40), 0, guide=mean_color, cache=cache
+    )[0]
+    assert plain[2] is not None
+    assert colored[2] is not None
+    assert torch.equal(plain[2], colored[2])
+    assert np.array_equal(plain[1], colored[1])
+    assert not np.array_equal(plain[0], colored[0])
+
+
+def test_a_latent_is_pooled_to_what_the_fusion_needs(mean_color: FrozenGuide, tmp_path: Path) -> None:
+    patches = Patches(
+        [drawn((64, 64))], 64, STILL, 0, guide=mean_color, cache=LatentCache(tmp_path, 10**7), pool=2
+    )
+    batch = collate([patches[0], patches[1]])
+    assert batch.latent is not None
+    assert batch.latent.shape == (2, 3, 2, 2)            # 4 x 4 cells, pooled once
+    assert batch.latent.dtype is torch.float32
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_pictures_smaller_than_a_patch_are_mirrored(cached: bool, mean_color: FrozenGuide, tmp_path: Path) -> None:
+    cache = LatentCache(tmp_path, 10**7) if cached else None
+    whole = drawn((20, 24))
+    image, target, _ = Patches([whole], 32, STILL, 0, guide=mean_color if cached else None, cache=cache)[0]
+    assert image.shape == (32, 32, 3)
+    assert target.shape == (2, 32, 32)
+    colors = {tuple(c) for c in whole.image_rgb.reshape(-1, 3).tolist()}
+    assert {tuple(c) for c in image.reshape(-1, 3).tolist()} <= colors         # no black border, nothing invented
+
+
+def test_turning_by_hand() -> None:
+    image = np.array([[1, 2], [3, 4]])
+    assert turned(image, 0, False).tolist() == [[1, 2], [3, 4]]
+    assert turned(image, 1, False).tolist() == [[2, 4], [1, 3]]                # a quarter turn to the left
+    assert turned(image, 1, True).tolist() == [[4, 2], [3, 1]]                 # then flipped from left to right

@@ -1,0 +1,249 @@
+"""Each fusion block against its documented equation in plain matrix code, and `Guided` around any network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nuguide.fusion import (
+    EFB,
+    FUSIONS,
+    GATES,
+    XGFB,
+    Attention,
+    ChannelGate,
+    Concat,
+    Cross,
+    Guided,
+    at_grid,
+    build_fusion,
+)
+from nuguide.latents import pooled
+from nuguide.networks import NETWORKS, build_network
+
+T, G = 8, 6                      # channels of the task's features and of the guide's latent
+
+
+def normal(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def block(name: str, task: int = T, guide: int = G, **options) -> nn.Module:
+    """A fusion block with random weights throughout, in evaluation mode."""
+    torch.manual_seed(0)
+    made = build_fusion(name, task, guide, **options).eval()
+    if isinstance(made, Cross):                          # its last map starts at zero
+        nn.init.normal_(made.attention.out.weight)
+        nn.init.normal_(made.attention.out.bias)  # pyright: ignore[reportArgumentType]
+    return made
+
+
+# --- the equations, one image at a time: features as matrices (channels, pixels) ---
+
+
+def linear(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """W x + b of a 1x1 convolution; x (in, pixels)."""
+    bias = 0 if conv.bias is None else conv.bias[:, None]
+    return conv.weight[:, :, 0, 0] @ x + bias
+
+
+def gates_by_hand(gate: ChannelGate, kind: str, t: Tensor, g: Tensor) -> Tensor:
+    s = torch.cat([g.mean(1, keepdim=True), t.mean(1, keepdim=True)])          # [S(g); S(t)]
+    e = linear(gate.squeeze, s).clamp(min=0)
+    z = linear(gate.excite, e)
+    return z[:T] * z[T:].sigmoid() if kind == "glu" else z.sigmoid()
+
+
+def attention_by_hand(attention: Attention, q: Tensor, k: Tensor, v: Tensor, heads: int = 1) -> Tensor:
+    q, k, v = linear(attention.query, q), linear(attention.key, k), linear(attention.value, v)
+    d = T // heads
+    rows = []
+    for h in range(heads):
+        one = slice(h * d, (h + 1) * d)
+        weights = torch.softmax(q[one].T @ k[one] / d**0.5, dim=1)             # (queries, keys)
+        rows.append(v[one] @ weights.T)
+    return linear(attention.out, torch.cat(rows))
+
+
+def matrices(found: Tensor) -> list[Tensor]:
+    return list(found.flatten(2))
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("name", ["x_gfb", "efb"])
+def test_gated_blocks_compute_their_equation(name: str, gate: str) -> None:
+    fusion = block(name, gate=gate)
+    assert isinstance(fusion, XGFB | EFB)
+    task, latent = normal(2, T, 4, 5), normal(2, G, 3, 7, seed=1)
+    for t, g, found in zip(matrices(task), matrices(latent), matrices(fusion(task, latent)), strict=True):
+        gated = gates_by_hand(fusion.gate, gate, t, g) * t
+        keys = t if name == "x_gfb" else gated           # the one difference between the two papers
+        torch.testing.assert_close(found, attention_by_hand(fusion.attention, gated, keys, keys))
+
+
+def test_concat_computes_its_equation() -> None:
+    fusion = block("concat")
+    assert isinstance(fusion, Concat)
+    fusion.norm.running_mean, fusion.norm.running_var = normal(T), normal(T).square() + 0.5
+    task, latent = normal(2, T, 4, 5), normal(2, G, 4, 5, seed=1)
+    for t, g, found in zip(matrices(task), matrices(latent), matrices(fusion(task, latent)), strict=True):
+        mixed = linear(fusion.mix, torch.cat([t, g]))
+        mean, var = fusion.norm.running_mean[:, None], fusion.norm.running_var[:, None]
+        torch.testing.assert_close(found, ((mixed - mean) / (var + 1e-5).sqrt()).clamp(min=0))
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_cross_computes_its_equation(heads: int) -> None:
+    fusion = block("cross", heads=heads)
+    assert isinstance(fusion, Cross)
+
+    def n(x: Tensor) -> Tensor:                          # each token over its channels; the scale starts at 1
+        return (x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt()
+
+    task, latent = normal(2, T, 4, 5), normal(2, G, 3, 7, seed=1)
+    for t, g, found in zip(matrices(task), matrices(latent), matrices(fusion(task, latent)), strict=True):
+        torch.testing.assert_close(found, t + attention_by_hand(fusion.attention, n(t), n(g), n(g), heads))
+
+
+# --- what the equations mean ---
+
+
+@torch.no_grad()
+def test_x_gfb_attends_to_ungated_features_and_efb_to_gated_ones() -> None:
+    # With every gate shut t' = 0. EFB's values are then its bias, whatever the features; X-GFB still sees them.
+    x_gfb, efb = block("x_gfb"), block("efb")
+    assert isinstance(x_gfb, XGFB)
+    assert isinstance(efb, EFB)
+    efb.load_state_dict(x_gfb.state_dict())
+    for fusion in (x_gfb, efb):
+        nn.init.zeros_(fusion.gate.excite.weight)
+        nn.init.zeros_(fusion.gate.excite.bias)  # pyright: ignore[reportArgumentType]
+    latent, one, other = normal(1, G, 4, 4), normal(1, T, 4, 4, seed=1), normal(1, T, 4, 4, seed=2)
+    torch.testing.assert_close(efb(one, latent), efb(other, latent))
+    assert float((x_gfb(one, latent) - x_gfb(other, latent)).abs().max()) > 0.01
+    # and in either every pixel asks the same question, so gets the same answer
+    assert float(x_gfb(one, latent).std(dim=(2, 3)).max()) < 1e-6
+
+
+def test_cross_starts_as_the_identity() -> None:
+    task = normal(2, T, 4, 5)
+    assert torch.equal(Cross(T, G)(task, normal(2, G, 3, 3)), task)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FUSIONS)
+def test_the_latent_matters(name: str) -> None:
+    fusion, task = block(name), normal(1, T, 4, 4)
+    there, elsewhere = fusion(task, normal(1, G, 4, 4, seed=1)), fusion(task, normal(1, G, 4, 4, seed=2))
+    assert float((there - elsewhere).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_sigmoid_gate_lies_between_0_and_1_and_a_glu_gate_need_not(gate: str) -> None:
+    torch.manual_seed(0)
+    gates = ChannelGate(64, 64, gate)(100 * normal(4, 64, 2, 2), 100 * normal(4, 64, 2, 2, seed=1))
+    assert gates.shape == (4, 64, 1, 1)
+    inside = bool(((gates >= 0) & (gates <= 1)).all())
+    assert inside == (gate == "sigmoid")
+
+
+# --- any guide, any network ---
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+@pytest.mark.parametrize("latent", [(256, 64, 64), (17, 8, 8), (3, 5, 7), (5, 1, 1)], ids=str)
+def test_any_channels_and_grid_of_a_guide(name: str, latent: tuple[int, int, int]) -> None:
+    task = normal(2, 32, 4, 6)
+    fused = block(name, 32, latent[0])(task, normal(2, *latent, seed=1))
+    assert fused.shape == task.shape
+    assert fused.isfinite().all()
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_gradients_train_the_block_and_the_network_but_need_none_of_the_latent(name: str) -> None:
+    fusion, task, latent = block(name).train(), normal(2, T, 4, 5).requires_grad_(), normal(2, G, 4, 4, seed=1)
+    fusion(task, latent).square().sum().backward()
+    assert latent.grad is None
+    assert task.grad is not None
+    assert task.grad.abs().sum() > 0
+    for key, p in fusion.named_parameters():
+        if key != "attention.key.bias":                  # adds the same to every key's score, so softmax drops it
+            assert p.grad is not None, key
+            assert p.grad.abs().sum() > 0, key
+
+
+def test_a_latent_comes_to_the_tasks_grid_by_means_and_interpolation() -> None:
+    constant = torch.full((1, 2, 64, 64), 3.0)
+    assert torch.equal(at_grid(constant, 16, 16), constant[..., :16, :16])      # two poolings
+    torch.testing.assert_close(at_grid(constant, 20, 24), constant[..., :20, :24])     # one, then resized
+    row = torch.tensor([0.0, 1.0]).expand(1, 1, 1, 2)
+    assert at_grid(row, 1, 4).flatten().tolist() == [0, 0.25, 0.75, 1]          # coarser: bilinear
+    same = normal(1, 2, 5, 7)
+    assert torch.equal(at_grid(same, 5, 7), same)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_guided_networks_take_odd_sizes(network: str, fusion: str) -> None:
+    torch.manual_seed(0)
+    net = build_network(network, 2, width=2)
+    model = Guided(net, build_fusion(fusion, net.bottleneck_channels, G)).eval()
+    assert model(255 * torch.rand(2, 3, 50, 70), normal(2, G, 4, 5)).shape == (2, 2, 50, 70)
+
+
+def test_a_network_guided_by_a_fresh_cross_block_is_the_network() -> None:
+    torch.manual_seed(0)
+    net, image = build_network("eunet3plus", 2, width=2).eval(), 255 * torch.rand(1, 3, 40, 56)
+    guided = Guided(net, Cross(net.bottleneck_channels, G)).eval()
+    assert torch.equal(guided(image, normal(1, G, 3, 4)), net(image))
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_a_latent_pooled_for_the_cache_guides_as_the_one_it_was_made_from(name: str) -> None:
+    # SAM's 64 x 64 of a 256 px tile, where the task's grid is 16 x 16
+    torch.manual_seed(0)
+    net = build_network("unet", 2, width=1)
+    model, latent = Guided(net, block(name, 16, G)).eval(), normal(1, G, 64, 64)
+    image = 255 * torch.rand(1, 3, 256, 256)
+    assert pooled(latent, 16).shape == (1, G, 16, 16)
+    assert torch.equal(model(image, latent), model(image, pooled(latent, 16)))
+
+
+def test_guided_returns_the_list_of_a_deeply_supervised_network_in_training() -> None:
+    net = build_network("unet3plus", 2, width=1, deep_supervision=True)
+    model = Guided(net, Cross(16, G))
+    image, latent = 255 * torch.rand(2, 3, 50, 70), normal(2, G, 4, 5)
+    assert [tuple(side.shape) for side in model(image, latent)] == 5 * [(2, 2, 50, 70)]
+    assert model.eval()(image, latent).shape == (2, 2, 50, 70)
+
+
+def test_latent_dropout_acts_in_training_only() -> None:
+    torch.manual_seed(0)
+    net = build_network("unet", 2, width=2)
+    model = Guided(net, block("cross", 32, G), latent_dropout=0.5)
+    image, latent = 255 * torch.rand(2, 3, 32, 32), normal(2, G, 2, 2)
+    model.network.eval()                                 # so that batch norm does not vary
+    assert not torch.equal(model(image, latent), model(image, latent))
+    model.eval()
+    assert torch.equal(model(image, latent), model(image, latent))
+    undropped = Guided(net, model.fusion)
+    undropped.network.eval()
+    assert torch.equal(undropped(image, latent), undropped(image, latent))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FUSIONS)
+def test_bf16_agrees_with_fp32_within_a_few_percent(name: str) -> None:
+    fusion, task, latent = block(name, 32, 48), normal(1, 32, 4, 4), normal(1, 48, 4, 4, seed=1)
+    expected = fusion(task, latent)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fusion(task, latent).float()
+    assert float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt()) < 0.03
+
+
+def test_unknown_names_list_the_choices() -> None:
+    with pytest.raises(ValueError, match="unknown fusion 'add'; choose from x_gfb, efb, concat, cross"):
+        build_fusion("add", T, G)
+    with pytest.raises(ValueError, match="unknown gate 'tanh'; choose from glu, sigmoid"):
+        build_fusion("efb", T, G, gate="tanh")

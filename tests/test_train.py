@@ -1,0 +1,309 @@
+"""Training on drawn tissue: it learns, a run that was cut continues exactly, and its folder holds what it should."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import draw_tissue
+from nuguide import checkpoint, train
+from nuguide.batches import Patches
+from nuguide.datasets import Dataset, Entry
+from nuguide.guides import FrozenGuide, load_guide
+from nuguide.metrics import dice
+from nuguide.recipe import TrainOptions
+from nuguide.train import RESUME, Training, fit, note_epoch
+from nuguide.types import Sample, UserError
+
+LEARNS = TrainOptions(width=4, patch_px=64, epochs=3, steps_per_epoch=8, batch=4, lr=5e-3, precision="fp32")
+TINY = TrainOptions(width=1, patch_px=32, epochs=3, steps_per_epoch=3, batch=2, precision="fp32")
+
+
+def drawn(*seeds: int, size: int = 96) -> list[Dataset]:
+    """One data set of drawn tissue at 0.5 microns per pixel, each image its own group."""
+
+    def entry(seed: int) -> Entry:
+        image, labels = draw_tissue(seed, (size, size), size // 8, (5, 9))
+        sample = Sample(f"tissue{seed}", image, labels, 0.5, f"patient{seed}")
+        return Entry(sample.id, sample.group, lambda: sample)
+
+    return [Dataset("drawn", [entry(seed) for seed in seeds], "CC0")]
+
+
+def rows(out: Path) -> list[dict[str, float]]:
+    with (out / "metrics.csv").open(newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """The weights and the optimizer's state at the end of a run."""
+    state = torch.load(out / RESUME, weights_only=True)
+    moments = state["optimizer_states"][0]["state"]
+    return state["state_dict"] | {f"{i}.{k}": v for i, moment in moments.items() for k, v in moment.items()}
+
+
+# --- one whole run, guided, with drop-out ---
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A guided eU-Net3+ of width 4 after 24 steps, the guide it used, and what it was validated on."""
+    out, used = tmp_path_factory.mktemp("train") / "out", []
+    val = drawn(10, 11)
+
+    def noted(*args, **options) -> FrozenGuide:
+        used.append(load_guide(*args, **options))
+        return used[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load_guide", noted)
+        model = fit(drawn(0, 1, 2, 3), val, out, LEARNS, progress=False)
+    return SimpleNamespace(out=out, model=model, guide=used[0], val=val[0])
+
+
+def test_a_short_run_learns_drawn_tissue(run: SimpleNamespace) -> None:
+    losses = [row["train_loss"] for row in rows(run.out)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] / 2
+    assert max(row["val_dice"] for row in rows(run.out)) > 0.8
+
+
+def test_the_model_kept_is_that_of_the_best_epoch(run: SimpleNamespace) -> None:
+    best = max(rows(run.out), key=lambda row: row["val_dice"])
+    model, guide, spec = checkpoint.load(run.model)
+    assert spec.origin["epoch"] == best["epoch"]
+    assert guide is not None
+    found = []
+    for sample in run.val:
+        image = torch.from_numpy(sample.image_rgb).permute(2, 0, 1)[None].float()
+        with torch.no_grad():
+            nucleus = model(image, guide(image))[0, 0] > 0
+        found.append(dice(sample.labels, nucleus.numpy()))
+    assert np.mean(found) == pytest.approx(best["val_dice"], abs=1e-3)
+
+
+def test_the_model_says_where_it_comes_from(run: SimpleNamespace) -> None:
+    spec = checkpoint.read_spec(run.model)
+    assert (spec.network, spec.fusion, spec.guide) == ("eunet3plus", "cross", "efficientnet_lite0")
+    assert spec.guide_weights == "579344248a93"          # as the hash of the published file begins
+    assert spec.mpp == 0.5
+    assert spec.tile_px == 64
+    trained = spec.origin["trained_on"][0]
+    assert (trained["name"], trained["license"], trained["images"]) == ("drawn", "CC0", 4)
+    assert trained["groups"] == ["patient0", "patient1", "patient2", "patient3"]
+    assert spec.origin["options"]["lr"] == 5e-3
+
+
+def test_the_guide_does_not_change_and_stays_out_of_the_checkpoint(run: SimpleNamespace) -> None:
+    published = load_guide("efficientnet_lite0").state_dict()
+    assert all(torch.equal(value, published[name]) for name, value in run.guide.state_dict().items())
+    assert all(parameter.grad is None for parameter in run.guide.parameters())
+    saved = torch.load(run.out / RESUME, weights_only=True)["state_dict"]
+    model = checkpoint.build(checkpoint.read_spec(run.model), run.guide.channels)
+    assert set(saved) == {f"model.{name}" for name in model.state_dict()}
+
+
+def test_the_folder_holds_metrics_curves_and_tensorboard_logs(run: SimpleNamespace) -> None:
+    assert {p.name for p in run.out.iterdir()} == {
+        "model", "metrics.csv", "curves.png", "options.json", "tensorboard", RESUME
+    }
+    assert [(row["epoch"], row["step"]) for row in rows(run.out)] == [(0, 8), (1, 16), (2, 24)]
+    assert (run.out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    (events,) = (run.out / "tensorboard").glob("events.*")
+    assert b"train_loss" in events.read_bytes()
+    assert b"val_dice" in events.read_bytes()
+
+
+# --- a run that was cut ---
+
+
+class Cut(Exception):
+    """The power fails."""
+
+
+@pytest.mark.parametrize("when", ["between epochs", "within an epoch", "while the metrics are written"])
+def test_a_run_that_was_cut_continues_exactly(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # cut in or after its second epoch of three; drop-out acts on features and latent
+    options = dataclasses.replace(TINY, latent_dropout=0.2)
+    unbroken, cut = tmp_path / "unbroken", tmp_path / "cut"
+    fit(drawn(0, 1), drawn(2), unbroken, options, progress=False)
+
+    real_step, real_note, numbers = Training.training_step, note_epoch, []
+
+    def step(self: Training, batch, index: int):
+        if self.global_step == {"between epochs": 6, "within an epoch": 4}.get(when):
+            raise Cut
+        return real_step(self, batch, index)
+
+    def note(metrics: Path, row: dict[str, float]) -> None:
+        real_note(metrics, row)
+        if when == "while the metrics are written" and row["epoch"] == 1:
+            raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "training_step", step)
+        patch.setattr(train, "note_epoch", note)
+        with pytest.raises(Cut):
+            fit(drawn(0, 1), drawn(2), cut, options, progress=False)
+    real_patch = Patches.__getitem__
+    monkeypatch.setattr(Patches, "__getitem__", lambda self, i: numbers.append(i) or real_patch(self, i))
+    fit(drawn(0, 1), drawn(2), cut, options, progress=False)
+
+    # 3 steps of 2 patches an epoch: the epoch that was under way is repeated, those before it are not
+    assert numbers == list(range(12 if when == "between epochs" else 6, 18))
+    one, other = weights(unbroken), weights(cut)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert (cut / "metrics.csv").read_text() == (unbroken / "metrics.csv").read_text()
+    assert [row["epoch"] for row in rows(cut)] == [0, 1, 2]
+    for file in (checkpoint.WEIGHTS, checkpoint.CONFIG):
+        assert (cut / "model" / file).read_bytes() == (unbroken / "model" / file).read_bytes()
+
+
+def test_a_finished_run_is_left_as_it_is_and_others_are_refused(tmp_path: Path) -> None:
+    options = dataclasses.replace(TINY, fusion="none", epochs=1, steps_per_epoch=1)
+    out, tissue = tmp_path / "out", drawn(0)
+    fit(tissue, tissue, out, options, progress=False)
+    before = (out / "metrics.csv").read_text(), (out / "model" / checkpoint.WEIGHTS).read_bytes()
+    fit(tissue, tissue, out, options, progress=False)
+    assert ((out / "metrics.csv").read_text(), (out / "model" / checkpoint.WEIGHTS).read_bytes()) == before
+    with pytest.raises(UserError, match="holds a run with other options"):
+        fit(tissue, tissue, out, dataclasses.replace(options, lr=0.1), progress=False)
+    with pytest.raises(UserError, match="holds a run already"):
+        fit(tissue, tissue, out, options, resume=False, progress=False)
+    # `auto` takes what the run took, whatever this machine would choose now
+    fit(tissue, tissue, out, dataclasses.replace(options, precision="auto"), progress=False)
+    (out / RESUME).write_bytes((out / RESUME).read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"last\.ckpt: is damaged; remove it"):
+        fit(tissue, tissue, out, options, progress=False)
+
+
+def test_metrics_of_a_repeated_epoch_replace_the_old(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.csv"
+    for epoch, loss in [(0, 0.9), (1, 0.8), (2, 0.7), (1, 0.6)]:
+        note_epoch(file, {"epoch": epoch, "train_loss": loss})
+    assert file.read_text().split() == ["epoch,train_loss", "0,0.9", "1,0.6"]
+
+
+# --- the other ways to train ---
+
+
+def test_bf16_learns_as_fp32_does(tmp_path: Path) -> None:
+    last = {}
+    for precision in ("fp32", "bf16"):
+        options = dataclasses.replace(LEARNS, fusion="none", patch_px=32, epochs=2, precision=precision)
+        fit(drawn(0, 1, 2, 3), drawn(10), tmp_path / precision, options, progress=False)
+        last[precision] = rows(tmp_path / precision)
+    first, second = ([row["train_loss"] for row in last[precision]] for precision in ("fp32", "bf16"))
+    assert second == pytest.approx(first, rel=0.03)
+    assert second != first
+    assert second[1] < second[0]
+
+
+def test_cached_latents_and_deep_supervision_train_too(tmp_path: Path) -> None:
+    options = dataclasses.replace(
+        TINY, epochs=1, latents="cached", network_options={"deep_supervision": True}, schedule="constant"
+    )
+    fit(drawn(0, size=48), drawn(2), tmp_path / "out", options, progress=False)
+    # 6 patches of 32 px from one image of 48, at rows and columns 0 and 16: at most 4 latents
+    assert 1 <= len(list((tmp_path / "out" / "latents").rglob("*.safetensors"))) <= 4
+    model, guide, spec = checkpoint.load(tmp_path / "out" / "model")
+    assert guide is not None
+    assert spec.network_options["deep_supervision"] is True
+    image = torch.zeros(1, 3, 40, 50)
+    assert model(image, guide(image)).shape == (1, 2, 40, 50)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    # 100 steps: up over the first 5, then half a cosine down to 1%; halfway down it is (1 + 0.01) / 2
+    [("cosine", {0: 0.2, 4: 1.0, 5: 1.0, 52: 0.513, 53: 0.497, 100: 0.01}), ("constant", {0: 0.2, 4: 1.0, 100: 1.0})],
+)
+def test_the_learning_rate_by_hand(schedule: str, expected: dict[int, float]) -> None:
+    training = Training(torch.nn.Linear(1, 1), None, dataclasses.replace(TINY, lr=2.0, schedule=schedule))
+    training._trainer = SimpleNamespace(estimated_stepping_batches=100)  # pyright: ignore[reportAttributeAccessIssue]
+    factor = training.configure_optimizers()["lr_scheduler"]["scheduler"].lr_lambdas[0]
+    assert {step: factor(step) for step in expected} == pytest.approx(expected, abs=1e-3)
+
+
+# --- what a user sees ---
+
+
+def test_lightning_says_nothing_and_the_bar_shows_the_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from pytorch_lightning.trainer.connectors import data_connector
+
+    # on a machine of many cores Lightning asks for workers, which would not share the guide and the cache
+    monkeypatch.setattr(data_connector, "suggested_max_num_workers", lambda _: 16)
+    options = dataclasses.replace(TINY, fusion="none", epochs=1, steps_per_epoch=1)
+    fit(drawn(0), drawn(2), tmp_path / "quiet", options, progress=False)
+    assert "".join(capfd.readouterr()) == ""
+    fit(drawn(0), drawn(2), tmp_path / "bar", options)
+    shown = "".join(capfd.readouterr())
+    assert "train_loss" in shown
+    assert "val_dice" in shown
+    assert not any(word in shown for word in ("Tip", "TPU", "litlogger", "Warning"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"network": "unet9"}, "unknown network 'unet9'; choose from unet"),
+        ({"network_options": {"depth": 3}}, "depth"),
+        ({"fusion": "add"}, "unknown fusion 'add'; choose from x_gfb"),
+        ({"guide": "clip"}, "unknown guide 'clip'; choose from efficientnet_lite0"),
+        ({"guide_weights": "random:x"}, "random:SEED"),
+        ({"device": "gpu"}, "unknown device 'gpu'; choose from auto, cpu, cuda"),
+        ({"precision": "fp16"}, "unknown precision 'fp16'; choose from auto, fp32, bf16"),
+    ],
+)
+def test_options_that_name_what_there_is_not_are_refused(tmp_path: Path, changes: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        fit(drawn(0), drawn(2), tmp_path / "out", dataclasses.replace(TINY, **changes), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"latents": "frozen"}, "unknown latents 'frozen'; choose from live, cached"),
+        ({"schedule": "step"}, "unknown schedule 'step'; choose from cosine, constant"),
+        ({"batch": 0}, "batch must be positive, not 0"),
+        ({"mpp": -1.0}, "mpp must be positive, not -1.0"),
+    ],
+)
+def test_options_out_of_range_are_refused(changes: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        dataclasses.replace(TINY, **changes)
+
+
+def test_a_run_needs_images_and_a_folder_that_can_be_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="at least one image to train on and one to validate on"):
+        fit(drawn(0), drawn(), tmp_path / "out", TINY, progress=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/out: cannot be written"):
+        fit(drawn(0), drawn(2), tmp_path / "file" / "out", dataclasses.replace(TINY, fusion="none"), progress=False)
+
+
+def test_a_full_disk_and_a_loss_that_is_not_finite_end_a_run_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = dataclasses.replace(TINY, fusion="none", epochs=1, steps_per_epoch=1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "note_epoch", full)
+        with pytest.raises(UserError, match="the run was cut .*No space left.*; repeat the command"):
+            fit(drawn(0), drawn(2), tmp_path / "full", options, progress=False)
+    monkeypatch.setattr(train, "dice_focal", lambda logits, target: logits.sum() * torch.nan)
+    with pytest.raises(UserError, match="the loss is no longer finite"):
+        fit(drawn(0), drawn(2), tmp_path / "nan", options, progress=False)

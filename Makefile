@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
-.PHONY: demo test check clean
+.PHONY: demo test check tables clean
 
 demo: .venv/core        ## set up and segment two real images with the embedded model
 	.venv/bin/python examples/demo.py
@@ -14,6 +14,9 @@ test: .venv/dev         ## set up and run the tests
 check: .venv/dev        ## lint and types
 	.venv/bin/ruff check src tests benchmarks examples
 	.venv/bin/pyright
+
+tables: .venv/dev       ## write the tables of README and docs from the result files
+	.venv/bin/python benchmarks/report.py
 
 clean:
 	rm -rf .venv demo

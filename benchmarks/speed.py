@@ -107,7 +107,7 @@ def segment(predictor: Predictor, file: Path, stem: Path) -> tuple[Nuclei, Clock
     return nuclei, clock
 
 
-def test_image(path: Path) -> Path:
+def large_image(path: Path) -> Path:
     """A 2000 x 2000 px picture: four real ones side by side where they are there, else drawn tissue."""
     root = Path(__file__).resolve().parents[1]
     real = sorted((root.parent / "shared/data/monuseg/images").glob("*"))[:4]
@@ -183,7 +183,7 @@ def main() -> None:
     clocks: dict[str, list[Clock]] = {"default": [], "plain": []}
     found: dict[str, Nuclei] = {}
     with tempfile.TemporaryDirectory() as folder:
-        file = options.image or test_image(Path(folder) / "image.png")
+        file = options.image or large_image(Path(folder) / "image.png")
         for predictor in sides.values():
             segment(predictor, file, Path(folder) / "warm")
         for _ in range(options.rounds):

@@ -5,9 +5,18 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
-from conftest import draw_tissue
 
-from nuguide.instances import INTERIOR_DEPTH, Separation, enlarge, flood, largest_pieces, separate, targets, without_holes
+from conftest import draw_tissue
+from nuguide.instances import (
+    INTERIOR_DEPTH,
+    Separation,
+    enlarge,
+    flood,
+    largest_pieces,
+    separate,
+    targets,
+    without_holes,
+)
 from nuguide.metrics import panoptic_quality
 
 MPP = 0.5
@@ -78,7 +87,8 @@ def test_targets_of_an_empty_map_are_empty():
 @pytest.mark.parametrize("seed", range(3))
 def test_the_targets_of_drawn_tissue_separate_into_the_drawn_nuclei(seed):
     _, labels = draw_tissue(seed, nuclei=60, radius=(5, 14))
-    assert panoptic_quality(labels, separate(*targets(labels), MPP)).pq > 0.95
+    nucleus, interior = targets(labels)
+    assert panoptic_quality(labels, separate(nucleus, interior, MPP)).pq > 0.95
 
 
 def test_the_targets_of_64_touching_disks_separate_into_the_64_disks():
@@ -87,7 +97,8 @@ def test_the_targets_of_64_touching_disks_separate_into_the_64_disks():
         row, column = divmod(number, 8)
         labels[disk(labels.shape, 20 + 24 * row, 20 + 24 * column, 13) & (labels == 0)] = number + 1
     assert pieces(labels > 0) == 1
-    found = separate(*targets(labels), MPP)
+    nucleus, interior = targets(labels)
+    found = separate(nucleus, interior, MPP)
     assert found.max() == 64
     assert panoptic_quality(labels, found).pq > 0.95
 
@@ -174,9 +185,9 @@ def test_every_nucleus_is_one_piece_and_large_enough(blur):
 
 def test_nuclei_are_numbered_from_top_to_bottom():
     _, labels = draw_tissue(1)
-    found = separate(*targets(labels), MPP)
-    interior = targets(labels)[1] > 0
-    tops = [np.flatnonzero(((found == number) & interior).any(axis=1))[0] for number in range(1, found.max() + 1)]
+    nucleus, interior = targets(labels)
+    found = separate(nucleus, interior, MPP)
+    tops = [np.flatnonzero(((found == number) & (interior > 0)).any(axis=1))[0] for number in range(1, found.max() + 1)]
     assert tops == sorted(tops)
     assert len(tops) == labels.max()
 
@@ -192,8 +203,8 @@ def test_what_lies_around_does_not_change_a_nucleus(top, left):
     _, around = draw_tissue(4, (140, 140), 60, (5, 12))
     outer = np.tile(targets(around), (1, 3, 3))
     outer[:, top : top + 200, left : left + 200] = inner    # with a ring of 20 px of nothing around it
-    alone = separate(*inner, MPP)
-    embedded = separate(*outer, MPP)[top : top + 200, left : left + 200]
+    alone = separate(inner[0], inner[1], MPP)
+    embedded = separate(outer[0], outer[1], MPP)[top : top + 200, left : left + 200]
     assert alone.max() > 30
     inside = np.s_[20:180, 20:180]
     pairs = np.unique(np.stack([alone[inside].ravel(), embedded[inside].ravel()]), axis=1)

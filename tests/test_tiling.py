@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from conftest import draw_tissue
 from fakes import RADIUS, ByColor
-
 from nuguide import predict
 from nuguide.checkpoint import ModelSpec
 from nuguide.instances import separate
@@ -55,7 +55,8 @@ def test_tiles_are_alike_and_neighbors_share_the_overlap(case):
             if len(places) > 1:
                 assert length % multiple == 0
                 fewer = len(places) - 1
-                assert fewer * (tile_px // multiple * multiple - overlap_px) + overlap_px < shape[axis], "one less would do"
+                longest = tile_px // multiple * multiple
+                assert fewer * (longest - overlap_px) + overlap_px < shape[axis], "one less would do"
 
 
 def test_a_core_keeps_half_the_overlap_away_from_borders_inside_the_image():
@@ -75,7 +76,10 @@ def test_tiles_are_made_no_larger_than_it_takes():
     assert {tile.bottom - tile.top for tile in cover((520, 100), 512, 64)} == {292}     # (520 + 64) / 2
 
 
-@pytest.mark.parametrize(("tile_px", "overlap_px", "multiple"), [(64, 64, 1), (64, -1, 1), (8, 0, 16), (70, 64, 32), (0, 0, 1)])
+IMPOSSIBLE = [(64, 64, 1), (64, -1, 1), (8, 0, 16), (70, 64, 32), (0, 0, 1)]
+
+
+@pytest.mark.parametrize(("tile_px", "overlap_px", "multiple"), IMPOSSIBLE)
 def test_tiles_without_anything_of_their_own_are_refused(tile_px, overlap_px, multiple):
     with pytest.raises(ValueError, match="px cannot overlap by"):
         cover((100, 100), tile_px, overlap_px, multiple)
@@ -188,13 +192,13 @@ def predictor(tile_px: int, overlap_px: int = 64, batch: int = 4) -> Predictor:
 def untiled(crowded) -> tuple[np.ndarray, np.ndarray]:
     """(2, H, W) maps and (H, W) labels of the whole image, in one tile and one window."""
     maps = predictor(1024).probabilities(crowded[0])
-    return maps, separate(*maps, 0.5)
+    return maps, separate(maps[0], maps[1], 0.5)
 
 
 def same_but_for_numbers(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two label maps show the same nuclei: numbers pair one to one, and background with background."""
-    pairs = np.unique(np.stack([one.ravel(), other.ravel()]), axis=1)
-    return len(set(pairs[0])) == len(set(pairs[1])) == pairs.shape[1] and (0, 0) in set(zip(*pairs, strict=True))
+    pairs = np.unique(one.astype(np.int64) << 32 | other)
+    return pairs[0] == 0 and len(set(pairs >> 32)) == len(set(pairs & 0xFFFFFFFF)) == len(pairs)
 
 
 def test_the_image_is_crowded_and_the_fake_network_wrong_at_borders(crowded, untiled):
@@ -222,13 +226,19 @@ def test_labels_in_windows_are_the_labels_of_the_whole_image(untiled, side, halo
 
     def one(tile: Tile) -> np.ndarray:
         tiles.append(tile)
-        return separate(*maps[:, *tile.window], 0.5)
+        return separate(maps[0][tile.window], maps[1][tile.window], 0.5)
 
     labels, owned = gather(SHAPE, side, halo, one)
     assert len(tiles) == len(owned) >= 12
     assert sum(owned) == whole.max() == labels.max(), "every nucleus is owned by exactly one"
     assert len(np.unique(labels)) == whole.max() + 1
     assert same_but_for_numbers(labels, whole)
+
+
+def test_with_a_halo_smaller_than_nuclei_they_would_not_be(untiled):
+    maps, whole = untiled
+    labels, _ = gather(SHAPE, 192, 5, lambda tile: separate(maps[0][tile.window], maps[1][tile.window], 0.5))
+    assert not same_but_for_numbers(labels, whole)
 
 
 @pytest.mark.parametrize("tile_px", TILES_PX)
@@ -271,6 +281,7 @@ def test_a_single_window_keeps_its_own_numbers():
 
 
 def test_windows_without_nuclei_own_none():
-    labels, owned = gather((90, 90), 40, 5, lambda tile: np.zeros((tile.bottom - tile.top, tile.right - tile.left), np.int32))
+    nothing = np.zeros((90, 90), np.int32)
+    labels, owned = gather((90, 90), 40, 5, lambda tile: nothing[tile.window])
     assert not labels.any()
     assert owned == [0] * 9

@@ -106,7 +106,8 @@ class Bar:
         """Show a bar of this many images."""
         from tqdm import tqdm
 
-        self.bar = tqdm(total=images, unit="image", bar_format="{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]")
+        form = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
+        self.bar = tqdm(total=images, bar_format=form)
 
     def tiles(self, done: int, total: int) -> None:
         """Move by the share of the present image."""
@@ -190,7 +191,8 @@ def train(
         folder = fit(training, validation, out, options)
     except SystemExit as error:                       # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from error
-    print(f"best model: {folder}\ncurves: {out / 'curves.png'}\nuse it: nuguide segment IMAGE --out DIR --model {folder}")
+    print(f"best model: {folder}\ncurves: {out / 'curves.png'}")
+    print(f"use it: nuguide segment IMAGE --out DIR --model {folder}")
     return 0
 
 

@@ -48,14 +48,15 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     """One row a metric: mean over images, standard deviation, 95% interval of the mean, n."""
     rows = []
     for name in SHOWN:
-        low, high = interval(scores[name].to_numpy())
-        rows.append({"metric": name, "mean": scores[name].mean(), "sd": scores[name].std(ddof=1 if len(scores) > 1 else 0),
-                     "low": low, "high": high, "n": len(scores)})
+        values = scores[name].to_numpy()
+        low, high = interval(values)
+        rows.append({"metric": name, "mean": values.mean(), "sd": values.std(ddof=min(1, len(values) - 1)),
+                     "low": low, "high": high, "n": len(values)})
     return pd.DataFrame(rows)
 
 
 def paired(scores: pd.DataFrame, against: pd.DataFrame) -> pd.DataFrame:
-    """Image by image `scores` minus `against`: one row a metric, mean difference, 95% interval, images better and worse.
+    """Image by image `scores` minus `against`: one row a metric, its mean with 95% interval, images better and worse.
 
     Raises:
         ValueError: they are not of the same images.

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,7 @@ SUMMARY = "summary.csv"
 
 @dataclass(frozen=True)
 class Row:
-    """One image in the summary; its result files are called `name` and an ending. Seconds are from reading to writing."""
+    """One image in the summary; its result files are called `name` and an ending. Seconds: from reading to writing."""
 
     name: str
     nuclei: int
@@ -52,8 +52,8 @@ class Outcome:
     failed: list[str] = field(default_factory=list)     # one line each
 
 
-class Watch:
-    """Told of a run's progress; this one says nothing."""
+class Watch(Protocol):
+    """Told of a run's progress."""
 
     def begin(self, images: int) -> None:
         """How many images there are to do."""
@@ -63,6 +63,10 @@ class Watch:
 
     def end(self, line: str | None) -> None:
         """One image is done; a line about it, if there is something to say."""
+
+
+class Silence(Watch):
+    """Says nothing."""
 
 
 def parse_formats(text: str) -> tuple[str, ...]:
@@ -99,7 +103,7 @@ def segment_files(
     Raises:
         UserError: OUT cannot be made or its summary not be read. What is wrong with one input is in `Outcome.failed`.
     """
-    watch = watch or Watch()
+    watch = watch or Silence()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -168,8 +172,8 @@ def segment_file(
         name=stem.name,
         nuclei=count,
         nuclei_per_mm2=round(count / mm2, 1),
-        mean_area_um2=round(float(nuclei.table["area_um2"].mean()), 2) if count else 0.0,
-        mean_probability=round(float(nuclei.table["probability"].mean()), 4) if count else 0.0,
+        mean_area_um2=round(float(np.mean(nuclei.table["area_um2"])), 2) if count else 0.0,
+        mean_probability=round(float(np.mean(nuclei.table["probability"])), 4) if count else 0.0,
         seconds=round(time.perf_counter() - start, 2),
         mpp=used_mpp,
         source=str(file.resolve()),
@@ -243,7 +247,7 @@ def read_summary(path: Path) -> dict[str, Row]:
         return {}
     types = {field.name: str(field.type) for field in dataclasses.fields(Row)}
     try:
-        table = pd.read_csv(path, dtype=types, keep_default_na=False)  # pyright: ignore[reportArgumentType]
+        table = pd.read_csv(path, dtype=types, keep_default_na=False)  # pyright: ignore[reportCallIssue, reportArgumentType]
         return {row["source"]: Row(**row) for row in table[list(types)].to_dict("records")}  # pyright: ignore[reportArgumentType]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: is no summary of ours; move it away or choose another --out") from error

@@ -209,7 +209,7 @@ def _read_picture(file: BinaryIO, opener: type[ImageFile], start: bytes, limit: 
 
 
 def _read_tiff(file: BinaryIO, limit: int) -> Image:
-    """The largest image of a TIFF at full resolution: layout and scale by tifffile, pixels by whom can decode them."""
+    """The largest image of a TIFF at full resolution: layout and scale by tifffile, pixels by it or by libtiff."""
     with tifffile.TiffFile(file) as tiff:
         len(tiff.pages)  # follows the chain of pages once, to its end or into a loop: `series` would run in it for ever
         for page in (series.keyframe for series in tiff.series):

@@ -76,10 +76,10 @@ def separate(nucleus: np.ndarray, interior: np.ndarray, mpp: float, how: Separat
     pixel_um2 = mpp * mpp
     mask = without_holes(nucleus >= how.nucleus, how.max_hole_um2 / pixel_um2)
     core = mask & (interior >= how.interior)
-    _, pieces, stats, _ = cv2.connectedComponentsWithStats(core.view(np.uint8), connectivity=8)
+    pieces, stats = connected(core, 8)
     core &= (stats[:, cv2.CC_STAT_AREA] >= how.min_seed_um2 / pixel_um2)[pieces]
-    count, bodies = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
-    seeded = np.zeros(count, bool)
+    bodies, stats = connected(mask, 8)
+    seeded = np.zeros(len(stats), bool)
     seeded[bodies[core]] = True
     core |= mask & ~seeded[bodies]
     labels = ranked_pieces(core)
@@ -94,12 +94,18 @@ def separate(nucleus: np.ndarray, interior: np.ndarray, mpp: float, how: Separat
     return number[found]
 
 
+def connected(mask: np.ndarray, connectivity: int) -> tuple[np.ndarray, np.ndarray]:
+    """The connected pieces of a mask (H, W) bool, numbered from 1: (H, W) int32, and (n + 1, 5) `cv2.CC_STAT_*`."""
+    _, pieces, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=connectivity)
+    return pieces, stats
+
+
 def without_holes(mask: np.ndarray, max_area_px: float) -> np.ndarray:
     """The mask (H, W) bool with its background pieces under `max_area_px` filled, but for those at the image's border.
 
     A piece cut by the border may be larger than it looks, so it stays.
     """
-    _, pieces, stats, _ = cv2.connectedComponentsWithStats((~mask).view(np.uint8), connectivity=4)
+    pieces, stats = connected(~mask, 4)
     small = stats[:, cv2.CC_STAT_AREA] < max_area_px
     small[0] = False                                                  # the mask itself
     for edge in (pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]):
@@ -112,7 +118,7 @@ def ranked_pieces(mask: np.ndarray) -> np.ndarray:
 
     The order of two pieces depends on them alone, never on what else the mask holds. float32 is exact below 2^24.
     """
-    _, pieces, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+    pieces, stats = connected(mask, 8)
     top, left, area = (stats[1:, column] for column in (cv2.CC_STAT_TOP, cv2.CC_STAT_LEFT, cv2.CC_STAT_AREA))
     number = np.zeros(len(stats), np.float32)
     number[1 + np.lexsort((area, left, top))] = np.arange(len(top), 0, -1)
@@ -165,7 +171,7 @@ def largest_pieces(labels: np.ndarray) -> np.ndarray:
         if box is None:
             continue
         one = labels[box] == number
-        count, pieces, stats, _ = cv2.connectedComponentsWithStats(one.view(np.uint8), connectivity=8)
-        if count > 2:
+        pieces, stats = connected(one, 8)
+        if len(stats) > 2:
             labels[box][one & (pieces != 1 + stats[1:, cv2.CC_STAT_AREA].argmax())] = 0
     return labels

@@ -144,7 +144,7 @@ class Predictor:
                 logits = self.model(image) if self.guide is None else self.model(image, self.guide(image))
             return logits.float().sigmoid().cpu()
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):     # on a GPU; on a CPU
+            if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):     # on GPU; on CPU
                 raise MemoryError(f"a batch of {len(image)} tiles does not fit into memory; lower --batch") from error
             raise
 

@@ -1,0 +1,144 @@
+"""Writes the tables of README.md, docs/ and the model card from the result files, between their markers.
+
+    python benchmarks/report.py            # rewrite
+    python benchmarks/report.py --check    # exit 1 where a table differs from its result files
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is one of TABLES. Result files are what
+`nuguide evaluate --out` and the benchmarks print.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from nuguide.evaluate import interval, paired, read_scores
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+PAGES = ("README.md", "docs/results.md", "src/nuguide/models/default/README.md")
+SETS = {
+    "nuinsseg": "NuInsSeg, organs held out",
+    "tnbc": "TNBC, slides held out",
+    "cryonuseg": "CryoNuSeg, never trained on",
+    "monuseg": "MoNuSeg, never trained on",
+}
+METRICS = {"dice": "Dice", "aji": "AJI", "pq": "PQ", "dice_weighted": "weighted F1"}
+# facts about CryoNuSeg given with the data: scored against annotator 1
+BESIDE = {"second annotator": (0.790, 0.541, 0.509), "hematoxylin, Otsu, watershed": (0.717, 0.292, 0.314)}
+
+
+def scores(model: str) -> pd.DataFrame:
+    """All image rows of a model's result files."""
+    return pd.concat([read_scores(file) for file in sorted(RESULTS.glob(f"{model}.*.json"))], ignore_index=True)
+
+
+def with_interval(values: pd.Series) -> str:
+    """Mean and 95% interval."""
+    low, high = interval(values.to_numpy())
+    return f"{values.mean():.3f} ({low:.3f}-{high:.3f})"
+
+
+def accuracy() -> str:
+    """The default model on every set."""
+    table = scores("default")
+    lines = ["| set | images | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 2) + "|"]
+    for name, title in SETS.items():
+        rows = table[table["dataset"] == name]
+        cells = [with_interval(rows[metric]) for metric in METRICS]
+        lines.append(f"| {title} | {len(rows)} | " + " | ".join(cells) + " |")
+    for title, (dice, aji, pq) in BESIDE.items():
+        lines.append(f"| CryoNuSeg: {title} | 30 | {dice:.3f} | {aji:.3f} | {pq:.3f} | |")
+    return "\n".join(lines)
+
+
+def guidance() -> str:
+    """Guided minus unguided, image by image."""
+    guided, plain = scores("default"), scores("unguided")
+    lines = ["| set | images | Dice | AJI | PQ |", "|---|---|---|---|---|"]
+    for name, title in SETS.items():
+        rows = paired(guided[guided["dataset"] == name], plain[plain["dataset"] == name]).set_index("metric")
+        cells = []
+        for metric in ("dice", "aji", "pq"):
+            row = rows.loc[metric]
+            cells.append(f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f}), {row['better']} up {row['worse']} down")
+        lines.append(f"| {title} | {rows['n'].iloc[0]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def groups() -> str:
+    """The default model on each held-out organ and slide."""
+    table = scores("default")
+    lines = ["| group | images | Dice | AJI | PQ |", "|---|---|---|---|---|"]
+    for (dataset, group), rows in table[table["dataset"].isin(["nuinsseg", "tnbc"])].groupby(["dataset", "group"]):
+        cells = [f"{rows[metric].mean():.3f}" for metric in ("dice", "aji", "pq")]
+        lines.append(f"| {dataset}: {group} | {len(rows)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def screen() -> str:
+    """Short runs of every fusion, by validation Dice."""
+    rows = json.loads((RESULTS / "fusion_screen.json").read_text())["runs"]
+    lines = ["| fusion | validation Dice | training loss |", "|---|---|---|"]
+    lines += [f"| {row['fusion']}, {row['precision']} | {row['val_dice']:.3f} | {row['train_loss']:.3f} |" for row in rows]
+    return "\n".join(lines)
+
+
+def speed() -> str:
+    """Stages of `nuguide segment`."""
+    found = json.loads((RESULTS / "speed.json").read_text())
+    lines = ["| stage | seconds per megapixel | share |", "|---|---|---|"]
+    for stage, seconds in found["seconds_per_megapixel"].items():
+        lines.append(f"| {stage} | {seconds:.3f} | {100 * found['share'][stage]:.0f}% |")
+    return "\n".join(lines)
+
+
+def seams() -> str:
+    """Tiled against untiled."""
+    lines = ["| tile, px at 0.5 mpp | PQ | lost: seams / elsewhere | split | merged |", "|---|---|---|---|---|"]
+    for text in (RESULTS / "seams.jsonl").read_text().splitlines():
+        row = json.loads(text)
+        cells = [f"{100 * row[fate]['seam']:.1f}% / {100 * row[fate]['elsewhere']:.1f}%" for fate in ("lost", "split", "merged")]
+        lines.append(f"| {row['tile_px']} | {row['pq']:.3f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "accuracy": accuracy, "guidance": guidance, "groups": groups, "screen": screen, "speed": speed, "seams": seams,
+}
+
+
+def rewritten(page: str) -> str:
+    """The page with every table made anew."""
+    def table(match: re.Match[str]) -> str:
+        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
+
+
+def main() -> int:
+    """Rewrite or check the pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for path in (ROOT / name for name in PAGES):
+        old = path.read_text()
+        new = rewritten(old)
+        if new != old:
+            stale.append(str(path.relative_to(ROOT)))
+            if not check:
+                path.write_text(new)
+    if stale:
+        print("differs from the result files: " if check else "rewritten: ", ", ".join(stale))
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Convolutions in 8-bit integers: close to the float ones, the same for every tile, and only where they are known to fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nuguide import machine
+from nuguide.networks import build_network, fold_batch_norm
+from nuguide.networks.int8 import InputRanges, Int8Conv, int8_available, quantizable, to_int8
+from nuguide.types import UserError
+
+pytestmark = pytest.mark.skipif(not int8_available(), reason="this build of torch has no oneDNN")
+
+
+def test_a_value_is_off_by_at_most_half_a_step_of_input_and_weight() -> None:
+    # one weight of 1 in the middle: the output is the input rounded to 255 steps between 0 and 10
+    conv = nn.Conv2d(1, 1, 3, padding=1, bias=False)
+    nn.init.zeros_(conv.weight)
+    with torch.no_grad():
+        conv.weight[0, 0, 1, 1] = 1.0
+    x = torch.linspace(0, 10, 64).view(1, 1, 8, 8)
+    found = Int8Conv(conv, 0.0, 10.0, relu=False)(x)
+    assert (found - x).abs().max() <= 10 / 255 / 2 + 1e-4
+
+
+def test_what_lies_beyond_the_range_is_clipped_and_relu_is_applied() -> None:
+    conv = nn.Conv2d(1, 1, 3, padding=1, bias=False)
+    nn.init.zeros_(conv.weight)
+    with torch.no_grad():
+        conv.weight[0, 0, 1, 1] = 1.0
+    x = torch.tensor([-8.0, -1.0, 0.0, 4.0]).view(1, 1, 2, 2)
+    assert torch.allclose(Int8Conv(conv, -2.0, 2.0, relu=False)(x).ravel(), torch.tensor([-2.0, -1.0, 0.0, 2.0]), atol=0.02)
+    assert torch.allclose(Int8Conv(conv, -2.0, 2.0, relu=True)(x).ravel(), torch.tensor([0.0, 0.0, 0.0, 2.0]), atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["unet", "unet3plus", "eunet3plus"])
+def test_a_network_in_8_bits_keeps_its_probabilities_within_a_few_percent(name: str) -> None:
+    torch.manual_seed(0)
+    network = build_network(name, 2, width=4)
+    image = torch.rand(4, 3, 64, 64) * 255
+    for _ in range(5):
+        network.train()(image)                        # so that batch norm has seen something
+    network.eval()
+    with torch.inference_mode():
+        with InputRanges(network) as seen:
+            expected = network(image).sigmoid()
+        fold_batch_norm(network)
+        to_int8(network, seen.ranges)
+        found = network(image).sigmoid()
+        alone = network(image[:1]).sigmoid()
+    assert set(seen.ranges) == set(quantizable(network))
+    assert 0 < (found - expected).abs().mean() < 0.02
+    assert torch.equal(alone, found[:1])              # ranges are fixed: a tile does not depend on its batch
+
+
+def test_a_convolution_without_a_range_stays_as_it_is() -> None:
+    network = fold_batch_norm(build_network("unet", 2, width=4).eval())
+    to_int8(network, {"encoder.levels.0.1": (0.0, 1.0)})
+    changed = [name for name, unit in quantizable(network).items() if isinstance(unit.conv, Int8Conv)]
+    assert changed == ["encoder.levels.0.1"]
+
+
+def test_int8_is_refused_for_a_model_without_ranges_and_taken_where_it_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match="--precision int8: needs a CPU"):
+        machine.choose_arithmetic("int8", cpu, has_int8=False)
+    with pytest.raises(UserError, match="unknown precision 'int4'; choose from auto, fp32, bf16, int8"):
+        machine.choose_arithmetic("int4", cpu, has_int8=True)
+    monkeypatch.setattr(machine, "bf16_speedup", lambda: 1.5)
+    monkeypatch.setattr(machine, "int8_speedup", lambda: 2.5)
+    assert machine.choose_arithmetic("auto", cpu, has_int8=True) == "int8"
+    assert machine.choose_arithmetic("auto", cpu, has_int8=False) == "bf16"
+    monkeypatch.setattr(machine, "int8_speedup", lambda: 1.4)
+    assert machine.choose_arithmetic("auto", cpu, has_int8=True) == "bf16"

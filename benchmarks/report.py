@@ -67,7 +67,8 @@ def guidance() -> str:
         cells = []
         for metric in ("dice", "aji", "pq"):
             row = rows.loc[metric]
-            cells.append(f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f}), {row['better']} up {row['worse']} down")
+            span = f"{row['low']:+.3f} to {row['high']:+.3f}"
+            cells.append(f"{row['difference']:+.3f} ({span}), {row['better']} up {row['worse']} down")
         lines.append(f"| {title} | {rows['n'].iloc[0]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -85,8 +86,9 @@ def groups() -> str:
 def screen() -> str:
     """Short runs of every fusion, by validation Dice."""
     rows = json.loads((RESULTS / "fusion_screen.json").read_text())["runs"]
-    lines = ["| fusion | validation Dice | training loss |", "|---|---|---|"]
-    lines += [f"| {row['fusion']}, {row['precision']} | {row['val_dice']:.3f} | {row['train_loss']:.3f} |" for row in rows]
+    lines = ["| arm | validation Dice | training loss |", "|---|---|---|"]
+    for row in rows:
+        lines.append(f"| {row['arm']} | {row['val_dice']:.3f} | {row['train_loss']:.3f} |")
     return "\n".join(lines)
 
 
@@ -104,7 +106,8 @@ def seams() -> str:
     lines = ["| tile, px at 0.5 mpp | PQ | lost: seams / elsewhere | split | merged |", "|---|---|---|---|---|"]
     for text in (RESULTS / "seams.jsonl").read_text().splitlines():
         row = json.loads(text)
-        cells = [f"{100 * row[fate]['seam']:.1f}% / {100 * row[fate]['elsewhere']:.1f}%" for fate in ("lost", "split", "merged")]
+        rates = [row[fate] for fate in ("lost", "split", "merged")]
+        cells = [f"{100 * rate['seam']:.1f}% / {100 * rate['elsewhere']:.1f}%" for rate in rates]
         lines.append(f"| {row['tile_px']} | {row['pq']:.3f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

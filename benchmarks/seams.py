@@ -16,14 +16,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from speed import MPP, large_image
 
 from nuguide import checkpoint
 from nuguide.images import read_image
 from nuguide.metrics import panoptic_quality
 from nuguide.predict import Predictor
-from nuguide.resample import resampled_size, resize_image
 from nuguide.tiling import cover, middles
+from speed import MPP, large_image
 
 BAND_PX = 16          # to both sides of a seam, at the model's resolution: 8 microns, about a nucleus
 
@@ -68,7 +67,7 @@ def main() -> None:
     predictor = Predictor(*checkpoint.load(options.model), device="cpu", precision=options.precision)
     with tempfile.TemporaryDirectory() as folder:
         image = read_image(options.image or large_image(Path(folder) / "image.png")).image_rgb
-    image = resize_image(image, resampled_size(image.shape[:2], MPP, predictor.spec.mpp))
+    image = predictor.prepared(image, MPP)
     predictor.tile_px = max(image.shape[:2])
     whole = predictor.label(*predictor.probabilities(image))
     ids, y, x = middles(whole)

@@ -38,7 +38,7 @@ from nuguide.metrics import dice
 from nuguide.networks.blocks import UpConvUnit
 from nuguide.nuclei import Nuclei
 from nuguide.predict import Predictor
-from nuguide.resample import resampled_size, resize_image, resize_map
+from nuguide.resample import resize_map
 
 MPP = 0.25
 STAGES = ("read", "guide", "network", "instances", "measure", "export")
@@ -75,7 +75,7 @@ class PlainPredictor(Predictor):
 
 
 class Clock:
-    """Adds up the seconds of named stages; `network` is what is left of the tiles when the guide's time is taken off."""
+    """Adds up the seconds of named stages; `network` is what the tiles take less the guide's part."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -91,8 +91,7 @@ def segment(predictor: Predictor, file: Path, stem: Path) -> tuple[Nuclei, Clock
     """What `nuguide segment` does to one file, stage by stage."""
     clock = Clock()
     image = clock.timed("read", read_image, file).image_rgb
-    size = resampled_size(image.shape[:2], MPP, predictor.spec.mpp)
-    small = clock.timed("read", resize_image, image, size)
+    small = clock.timed("read", predictor.prepared, image, MPP)
     guide = predictor.guide
     if guide is not None:
         predictor.guide = lambda x: clock.timed("guide", guide, x)  # pyright: ignore[reportAttributeAccessIssue]
@@ -157,14 +156,16 @@ def network_rate(predictor: Predictor, rounds: int) -> tuple[float, float]:
 def peak_memory_mb(model: str, file: Path, out: Path) -> float:
     """Resident megabytes at the highest point of `nuguide segment` on the file."""
     code = (
-        "import sys, resource\nfrom nuguide.cli import main\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom nuguide.cli import main\n"
         "try: main(sys.argv[1:])\n"
-        "except SystemExit: print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "except SystemExit:\n"
+        "    status = Path('/proc/self/status')\n"
+        "    if status.exists(): print('PEAK_KB', status.read_text().split('VmHWM:')[1].split()[0])\n"
+        "    else: print('PEAK_KB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     )
     command = [sys.executable, "-c", code, "segment", str(file), "--out", str(out), "--mpp", str(MPP), "--model", model]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    kilobytes = int(text.split("PEAK")[1])
-    return kilobytes / (1024**2 if platform.system() == "Darwin" else 1024)
+    return int(text.split("PEAK_KB")[1]) / 1024
 
 
 def main() -> None:

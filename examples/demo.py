@@ -23,8 +23,8 @@ def main() -> int:
     pictures = DEMO / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     wheel = DEMO / "wheel"
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--disable-pip-version-check",
-               "--only-binary", ":all:", "--target", str(wheel), "stardist==0.9.2"]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
+    install += ["--disable-pip-version-check", "--only-binary", ":all:", "--target", str(wheel), "stardist==0.9.2"]
     histo = wheel / "stardist" / "data" / "images" / "histo.jpg"
     if histo.is_file() or subprocess.run(install, stderr=subprocess.DEVNULL).returncode == 0:
         shutil.copyfile(histo, pictures / "he.jpg")

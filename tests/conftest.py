@@ -31,8 +31,9 @@ def draw_tissue(
         if labels.max() == nuclei:
             break
         axes = rng.uniform(*radius, 2)
-        centre = rng.uniform([0, 0], [width, height])
-        shape = ((float(centre[0]), float(centre[1])), (float(2 * axes[0]), float(2 * axes[1])), float(rng.uniform(0, 180)))
+        center = rng.uniform([0, 0], [width, height])
+        turn = float(rng.uniform(0, 180))
+        shape = ((float(center[0]), float(center[1])), (float(2 * axes[0]), float(2 * axes[1])), turn)
         one = np.zeros(size, np.uint8)
         cv2.ellipse(one, shape, 1, -1)
         if not one.any() or (cv2.dilate(one, np.ones((5, 5), np.uint8)) & taken).any():

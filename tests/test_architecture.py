@@ -28,6 +28,7 @@ BESIDE = {
     "fusion": {"networks"},          # fuses their deepest features, with their pooling
     "datasets": {"images"},          # reads them
     "instances": {"resample"},       # brings label maps to the image's size
+    "machine": {"networks"},         # measures one of their 8-bit convolutions
     "batches": {"latents"},          # hands them out with their patches
     "evaluate": {"predict"},         # measures it
 }

@@ -220,6 +220,18 @@ def test_cached_latents_and_deep_supervision_train_too(tmp_path: Path) -> None:
     assert model(image, guide(image)).shape == (1, 2, 40, 50)
 
 
+def test_a_guides_weights_may_lie_in_any_file(tmp_path: Path) -> None:
+    # as a fine-tuned guide's do: the run needs them in no cache, and the model asks for these weights and no others
+    state = load_guide("efficientnet_lite0").network.state_dict()
+    torch.save(state | {"head.conv.weight": state["head.conv.weight"] + 1}, tmp_path / "tuned.pth")
+    options = dataclasses.replace(TINY, epochs=1, steps_per_epoch=1, guide_weights=str(tmp_path / "tuned.pth"))
+    model = fit(drawn(0), drawn(2), tmp_path / "out", options, progress=False)
+    with pytest.raises(UserError, match="other weights of guide efficientnet_lite0"):
+        checkpoint.load(model)
+    guide = load_guide("efficientnet_lite0", tmp_path / "tuned.pth")
+    assert checkpoint.load(model, guide)[1] is guide
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     # 100 steps: up over the first 5, then half a cosine down to 1%; halfway down it is (1 + 0.01) / 2

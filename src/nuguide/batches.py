@@ -14,10 +14,10 @@ from torch.utils.data import Dataset, Sampler
 
 from .augment import Augmentation, augment, recolor
 from .guides import FrozenGuide
-from .guides import FrozenGuide
 from .instances import targets
 from .latents import LatentCache
 from .resample import resampled_size, resize_image, resize_labels
+from .stain import exposed
 from .types import Sample
 
 
@@ -42,11 +42,12 @@ class Picture:
     labels: np.ndarray
 
 
-def picture(sample: Sample, mpp: float) -> Picture:
-    """The sample at `mpp` microns per pixel."""
+def picture(sample: Sample, mpp: float, exposure: bool = False) -> Picture:
+    """The sample at `mpp` microns per pixel, brought to one exposure if asked."""
     size = resampled_size(sample.labels.shape, sample.mpp, mpp)  # pyright: ignore[reportArgumentType]
     labels = resize_labels(sample.labels, size).astype(np.int32)
-    return Picture(sample.id, sample.group, resize_image(sample.image_rgb, size), labels)
+    image = resize_image(sample.image_rgb, size)
+    return Picture(sample.id, sample.group, exposed(image) if exposure else image, labels)
 
 
 def drawing_weights(groups: Sequence[str], balance: float) -> np.ndarray:

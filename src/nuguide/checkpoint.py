@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .fusion import Guided, build_fusion
-from .guides import load_guide
+from .guides import FrozenGuide, load_guide
 from .instances import CHANNELS
 from .networks import build_network
 from .types import UserError
@@ -34,7 +34,8 @@ class ModelSpec:
         fusion, fusion_options: a name of `FUSIONS`, or None for a network without a guide. latent_dropout: of `Guided`.
         guide, guide_weights, guide_px: a name of `GUIDES`, the id of its weights, and the side in pixels to which a
             tile is resized for it (None: as it is).
-        mpp: microns per pixel the network works at. tile_px: side of the tiles it was trained on.
+        mpp: microns per pixel the network works at. exposure: whether images are brought to one exposure first.
+        tile_px: side of the tiles it was trained on.
         int8_ranges: of the inputs of its convolutions, for `networks.int8`; empty where they were not measured.
         origin: training data, licenses, recipe, scores, code version; facts for people, read by no code.
     """
@@ -48,6 +49,7 @@ class ModelSpec:
     guide_weights: str | None = None
     guide_px: int | None = None
     mpp: float = 0.5
+    exposure: bool = False
     tile_px: int = 256
     int8_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     origin: dict = field(default_factory=dict)
@@ -145,19 +147,23 @@ def read_spec(folder: Path) -> ModelSpec:
         raise UserError(f"{folder / CONFIG}: not a model description ({error}); train the model again") from error
 
 
-def load(name: str | Path) -> tuple[nn.Module, nn.Module | None, ModelSpec]:
+def load(name: str | Path, guide: FrozenGuide | None = None) -> tuple[nn.Module, FrozenGuide | None, ModelSpec]:
     """(model in evaluation mode with fp32 weights, its frozen guide or None, spec).
+
+    Args:
+        guide: the model's guide where it is loaded already, such as from a file outside the cache.
 
     Raises UserError where the model is missing, broken, or not made for its description.
     """
     folder = model_folder(name)
     spec = read_spec(folder)
-    guide = None
-    if spec.guide is not None:
+    if spec.guide is None:
+        guide = None
+    else:
         named = str(spec.guide_weights)
         weights = named.replace("-", ":", 1) if named.startswith("random-") else None
         try:
-            guide = load_guide(spec.guide, weights=weights, image_px=spec.guide_px)
+            guide = guide or load_guide(spec.guide, weights=weights, image_px=spec.guide_px)
         except ValueError as error:
             raise UserError(f"{folder / CONFIG}: not a model description ({error}); train the model again") from error
         if spec.guide_weights not in (None, guide.weights_id):

@@ -152,12 +152,7 @@ def train(
         val_fraction: Share of the images to hold out.
         split_seed: Draws the groups that are held out.
     """
-    from .datasets.splits import hold_out, read_manifest, shared_content, write_manifest
-
-    try:
-        from .train import fit
-    except ModuleNotFoundError as error:
-        raise UserError(f"training needs {error.name}; install it with: pip install 'nuguide[train]'") from error
+    from .datasets.splits import hold_out
 
     parts = open_all(data)
     if val:
@@ -171,21 +166,11 @@ def train(
                 raise UserError(f"{part.name}: {error}; name images to validate on with --val") from error
         training = [part.subset(train) for part, (train, _) in zip(parts, held, strict=True)]
         validation = [part.subset(keep) for part, (_, keep) in zip(parts, held, strict=True)]
-    split, new_split = out / "split.json", out / "split.new.json"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: no folder can be made here ({error.strerror}); choose another --out") from error
-    try:
-        manifest = write_manifest(new_split, {"train": training, "val": validation})
-        if twice := shared_content(manifest):
-            names = ", ".join(sorted({member.id for group in twice for _, member in group})[:6])
-            raise UserError(f"the same picture stands in both parts ({names}); remove it from one")
-        if split.is_file() and read_manifest(split).sha256 != manifest.sha256:
-            raise UserError(f"{split}: the run here was made with other images or parts; choose another --out")
-        new_split.replace(split)
-    finally:
-        new_split.unlink(missing_ok=True)
+        from .train import fit
+    except ModuleNotFoundError as error:
+        raise UserError(f"training needs {error.name}; install it with: pip install 'nuguide[train]'") from error
+    note_split(out, training, validation)
     print(f"{sum(map(len, training))} images to train on, {sum(map(len, validation))} to validate on")
     try:
         folder = fit(training, validation, out, options)
@@ -194,6 +179,29 @@ def train(
     print(f"best model: {folder}\ncurves: {out / 'curves.png'}")
     print(f"use it: nuguide segment IMAGE --out DIR --model {folder}")
     return 0
+
+
+def note_split(out: Path, training: Sequence[Dataset], validation: Sequence[Dataset]) -> None:
+    """Write OUT/split.json; UserError where a picture stands in both parts, or OUT holds a run on other images."""
+    from .datasets.splits import read_manifest, shared_content, write_manifest
+    from .train import RESUME
+
+    split, new = out / "split.json", out / "split.new.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        manifest = write_manifest(new, {"train": training, "val": validation})
+        if twice := shared_content(manifest):
+            names = ", ".join(sorted({member.id for group in twice for _, member in group})[:6])
+            raise UserError(f"the same picture stands in both parts ({names}); remove it from one")
+        run_is_there = split.is_file() and (out / RESUME).is_file()
+        if run_is_there and read_manifest(split).sha256 != manifest.sha256:
+            raise UserError(f"{split}: the run here was made with other images or parts; choose another --out")
+        new.replace(split)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
+    finally:
+        if out.is_dir():
+            new.unlink(missing_ok=True)
 
 
 def evaluate(
@@ -271,6 +279,8 @@ def open_all(texts: Sequence[str], annotator: str | None = None) -> list[Dataset
     if len(set(images)) < len(images):
         name, id = next(image for image in images if images.count(image) > 1)
         raise UserError(f"two data sets called {name} have an image {id}; rename one of their folders")
+    if annotator is not None and all(part.name != "cryonuseg" for part in parts):
+        raise UserError("--annotator chooses between those of cryonuseg; leave it out")
     return parts
 
 
@@ -278,7 +288,11 @@ def open_data(text: str, annotator: str | None = None) -> Dataset:
     """The data set that NAME=FOLDER or FOLDER names."""
     from .datasets import DATASETS, read_dataset
 
-    name, _, folder = text.partition("=") if text.partition("=")[0] in DATASETS else ("folder", "", text)
+    name, equals, folder = text.partition("=")
+    if name not in DATASETS:
+        if equals and not Path(text).exists():
+            raise UserError(f"{text}: {name} is no data set; choose from {', '.join(DATASETS)}")
+        name, folder = "folder", text
     try:
         return read_dataset(name, Path(folder), **({"annotator": annotator} if name == "cryonuseg" else {}))
     except ValueError as error:
@@ -304,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments in (["--version"], ["-V"]):
         print(f"nuguide {__version__}")
-        return
+        sys.exit(0)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         code = tyro.extras.subcommand_cli_from_dict(

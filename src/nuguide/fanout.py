@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,8 +21,6 @@ from .types import UserError
 
 if TYPE_CHECKING:
     from .nuclei import Nuclei
-
-log = logging.getLogger(__name__)
 
 ENDINGS = {"labels": ".labels.tif", "geojson": ".geojson", "csv": ".csv", "overlay": ".overlay.png"}
 SUMMARY = "summary.csv"
@@ -156,6 +154,11 @@ def segment_file(
 ) -> tuple[Row, str]:
     """Segment one file and write its results; its row of the summary, and a line for people."""
     start = time.perf_counter()
+    source = str(file.resolve())
+    try:
+        source.encode()
+    except UnicodeEncodeError as error:                 # bytes that are no text, which no result file could state
+        raise UserError(f"{source!a}: this name is no valid text; rename the file") from error
     image = read_image(file)
     used_mpp = mpp or image.mpp or default_mpp
     notes = list(image.notes)
@@ -176,7 +179,7 @@ def segment_file(
         mean_probability=round(float(np.mean(nuclei.table["probability"])), 4) if count else 0.0,
         seconds=round(time.perf_counter() - start, 2),
         mpp=used_mpp,
-        source=str(file.resolve()),
+        source=source,
         model=model,
     )
     return row, f"{file.name}: {count} nuclei in {row.seconds:.1f} s" + "".join(f"; {note}" for note in notes)
@@ -234,7 +237,7 @@ def name_results(files: Sequence[Path], taken: dict[str, str]) -> list[str]:
         choices = [f"{file.parent.resolve().name}_{file.stem}", f"{file.stem}_{file.suffix[1:]}"]
         if stems[file.stem.casefold()] == 1:
             choices.insert(0, file.stem)
-        choices.append(f"{file.stem}_{hashlib.sha256(source.encode()).hexdigest()[:8]}")
+        choices.append(f"{file.stem}_{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}")
         name = next(name for name in choices if name.casefold() not in used)
         used.add(name.casefold())
         names.append(name)

@@ -54,7 +54,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def choose_arithmetic(name: str, device: torch.device, has_int8: bool) -> str:
-    """`fp32`, `bf16` or `int8`, for inference; `auto` takes what is measured to be fastest here, fp32 unless by a tenth.
+    """`fp32`, `bf16` or `int8`, for inference; `auto` takes what is measured to be fastest here, if by a tenth.
 
     Args:
         has_int8: the model knows the ranges of its activations.

@@ -20,7 +20,8 @@ class TrainOptions:
             patch is resized for the guide (the guide's own where not given).
         latents: "live" lets the guide see each augmented patch; "cached" computes each latent once and varies
             patches only by quarter turns, flips and color (for guides too slow to run at every step).
-        mpp: microns per pixel to train at. patch_px: side of a training patch.
+        mpp: microns per pixel to train at. exposure: bring every image to one exposure first (`stain.exposed`).
+            patch_px: side of a training patch.
         epochs, steps_per_epoch: length; an epoch is `steps_per_epoch` batches, or one pass over the images.
         batch, lr, weight_decay, schedule: AdamW (Adam where weight_decay is 0) with a warm-up over the first 5% and
             a "cosine" fall to 1% of lr, or "constant".
@@ -40,6 +41,7 @@ class TrainOptions:
     guide_px: int | None = None
     latents: str = "live"
     mpp: float = 0.5
+    exposure: bool = False
     patch_px: int = 256
     epochs: int = 20
     steps_per_epoch: int | None = None

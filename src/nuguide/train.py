@@ -176,12 +176,12 @@ def one_image(batch: list[Picture]) -> tuple[Tensor, np.ndarray]:
     return torch.from_numpy(drawn.image_rgb.copy()).permute(2, 0, 1)[None].float(), drawn.labels
 
 
-def pictures_of(datasets: Sequence[Dataset], mpp: float) -> list[Picture]:
-    """All samples at one resolution; groups and ids carry the name of their data set."""
+def pictures_of(datasets: Sequence[Dataset], mpp: float, exposure: bool = False) -> list[Picture]:
+    """All samples at one resolution, and exposure if asked; groups and ids carry the name of their data set."""
     return [
         dataclasses.replace(p, id=f"{dataset.name}/{p.id}", group=f"{dataset.name}/{p.group}")
         for dataset in datasets
-        for p in (picture(sample, mpp) for sample in dataset)
+        for p in (picture(sample, mpp, exposure) for sample in dataset)
     ]
 
 
@@ -223,8 +223,8 @@ def fit(
         raise UserError(f"no model can be built with these options: {error}") from error
     model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     last = prepare_folder(out, options, resume)
-    pictures = pictures_of(train, options.mpp)
-    loader, held = loaders(pictures, pictures_of(val, options.mpp), out, guide, options)
+    pictures, unseen = (pictures_of(part, options.mpp, options.exposure) for part in (train, val))
+    loader, held = loaders(pictures, unseen, out, guide, options)
     with lightning_quiet():
         trainer = lightning.Trainer(
             max_epochs=options.epochs,
@@ -251,12 +251,12 @@ def fit(
             )
         except OSError as error:
             raise UserError(f"{out}: the run was cut ({error}); repeat the command to go on from there") from error
-    return calibrate(out / "model", pictures)
+    return calibrate(out / "model", pictures, guide)
 
 
-def calibrate(folder: Path, pictures: Sequence[Picture], at_most: int = 48) -> Path:
+def calibrate(folder: Path, pictures: Sequence[Picture], guide: FrozenGuide | None, at_most: int = 48) -> Path:
     """Measure the ranges of a model's activations on pictures it was trained on, and note them in its folder."""
-    model, guide, spec = checkpoint.load(folder)
+    model, guide, spec = checkpoint.load(folder, None if guide is None else guide.cpu())
     chosen = pictures[:: -(-len(pictures) // at_most)]
     with torch.inference_mode(), InputRanges(model) as seen:
         for drawn in chosen:
@@ -325,6 +325,7 @@ def model_spec(
         guide_weights=None if guide is None else str(guide.weights_id),
         guide_px=options.guide_px,
         mpp=options.mpp,
+        exposure=options.exposure,
         tile_px=options.patch_px,
         origin={
             "code": f"nuguide {__version__}, torch {torch.__version__}",

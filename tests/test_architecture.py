@@ -20,7 +20,7 @@ LAYERS = {
     "augment": 1, "datasets": 1, "export": 1, "fusion": 1, "guides": 1, "images": 1, "instances": 1, "losses": 1,
     "machine": 1, "measure": 1, "metrics": 1, "networks": 1, "resample": 1, "stain": 1, "tiling": 1,
     "batches": 2, "checkpoint": 2, "latents": 2, "nuclei": 2, "recipe": 2, "slides": 2,
-    "deploy": 3, "evaluate": 3, "fanout": 3, "predict": 3, "train": 3,
+    "calibrate": 3, "deploy": 3, "evaluate": 3, "fanout": 3, "predict": 3, "train": 3,
     "cli": 4, "web": 4,
     "__init__": 5,
 }
@@ -30,7 +30,9 @@ BESIDE = {
     "instances": {"resample"},       # brings label maps to the image's size
     "machine": {"networks"},         # measures one of their 8-bit convolutions
     "batches": {"latents"},          # hands them out with their patches
+    "calibrate": {"predict"},        # runs it
     "evaluate": {"predict"},         # measures it
+    "train": {"calibrate"},          # ends with it
 }
 LONGEST = 80                         # lines of a function
 

@@ -507,7 +507,8 @@ def test_the_same_picture_to_train_and_to_validate_on_is_refused(tmp_path, out, 
 
 def test_a_run_folder_that_cannot_be_made_is_named(tmp_path, image, capsys):
     assert nuguide("train", annotated(tmp_path / "data", 2), "--out", image / "run", "--fusion", "none", *TINY) == 2
-    assert capsys.readouterr().err == f"nuguide: {image / 'run'}: cannot be written (Not a directory); choose another --out\n"
+    said = "cannot be written (Not a directory); choose another --out"
+    assert capsys.readouterr().err == f"nuguide: {image / 'run'}: {said}\n"
 
 
 def test_one_image_is_too_few_to_hold_one_out(tmp_path, out, capsys):

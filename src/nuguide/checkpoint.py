@@ -36,6 +36,7 @@ class ModelSpec:
             tile is resized for it (None: as it is).
         mpp: microns per pixel the network works at. exposure: whether images are brought to one exposure first.
         tile_px: side of the tiles it was trained on.
+        separation: arguments of `instances.Separation`, chosen on validation images.
         int8_ranges: of the inputs of its convolutions, for `networks.int8`; empty where they were not measured.
         origin: training data, licenses, recipe, scores, code version; facts for people, read by no code.
     """
@@ -51,6 +52,7 @@ class ModelSpec:
     mpp: float = 0.5
     exposure: bool = False
     tile_px: int = 256
+    separation: dict[str, float] = field(default_factory=dict)
     int8_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     origin: dict = field(default_factory=dict)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -320,6 +321,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"nuguide {__version__}")
         sys.exit(0)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    # decoders also complain of damaged files themselves; a file gets one line, ours
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module="PIL")
     try:
         code = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,

@@ -41,7 +41,7 @@ class Predictor:
         device, precision: see `machine`. batch: tiles computed at once.
         tile_px, overlap_px: of the tiles, at the network's resolution. By default tiles are large, so that little is
             computed twice; where the guide resizes what it sees, they are as large as the patches of the training.
-        separation: how maps become nuclei.
+        separation: how maps become nuclei; by default as the spec says.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Predictor:
         resizes = guide is not None and getattr(guide, "image_px", None) is not None
         self.tile_px = tile_px or (spec.tile_px if resizes else TILE_PX)
         self.batch, self.overlap_px = batch, overlap_px
-        self.separation = separation or Separation()
+        self.separation = separation or Separation(**spec.separation)
 
     def segment(
         self, image_rgb: np.ndarray, mpp: float | None = None, progress: Callable[[int, int], None] | None = None

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from . import checkpoint
 from .batches import Batch, Patches, Picture, Stretch, collate, picture
+from .calibrate import calibrate
 from .checkpoint import ModelSpec
 from .datasets import Dataset
 from .guides import FrozenGuide, load_guide
@@ -33,7 +34,6 @@ from .latents import LatentCache
 from .losses import dice_focal
 from .machine import choose_device, choose_precision, keep_freed_memory
 from .metrics import dice
-from .networks.int8 import InputRanges
 from .recipe import TrainOptions
 from .types import UserError
 
@@ -251,23 +251,7 @@ def fit(
             )
         except OSError as error:
             raise UserError(f"{out}: the run was cut ({error}); repeat the command to go on from there") from error
-    return calibrate(out / "model", pictures, guide)
-
-
-def calibrate(folder: Path, pictures: Sequence[Picture], guide: FrozenGuide | None, at_most: int = 48) -> Path:
-    """Measure the ranges of a model's activations on pictures it was trained on, and note them in its folder."""
-    model, guide, spec = checkpoint.load(folder, None if guide is None else guide.cpu())
-    chosen = pictures[:: -(-len(pictures) // at_most)]
-    with torch.inference_mode(), InputRanges(model) as seen:
-        for drawn in chosen:
-            image = torch.from_numpy(drawn.image_rgb.copy()).permute(2, 0, 1)[None].float()
-            image = image[..., : 2 * spec.tile_px, : 2 * spec.tile_px].contiguous(memory_format=torch.channels_last)
-            if guide is None:
-                model(image)
-            else:
-                model(image, guide(image))
-    ranges = {name: (round(low, 4), round(high, 4)) for name, (low, high) in seen.ranges.items()}
-    return checkpoint.save(folder, model, dataclasses.replace(spec, int8_ranges=ranges))
+    return calibrate(out / "model", pictures, unseen, None if guide is None else guide.cpu())
 
 
 def loaders(

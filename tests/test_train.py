@@ -18,7 +18,7 @@ from nuguide.datasets import Dataset, Entry
 from nuguide.guides import FrozenGuide, load_guide
 from nuguide.metrics import dice
 from nuguide.recipe import TrainOptions
-from nuguide.train import RESUME, Training, fit, note_epoch
+from nuguide.train import RESUME, KeepBest, Training, fit, note_epoch
 from nuguide.types import Sample, UserError
 
 LEARNS = TrainOptions(width=4, patch_px=64, epochs=3, steps_per_epoch=8, batch=4, lr=5e-3, precision="fp32")
@@ -86,6 +86,19 @@ def test_the_model_kept_is_that_of_the_best_epoch(run: SimpleNamespace) -> None:
             nucleus = model(image, guide(image))[0, 0] > 0
         found.append(dice(sample.labels, nucleus.numpy()))
     assert np.mean(found) == pytest.approx(best["val_dice"], abs=1e-3)
+
+
+def test_a_worse_epoch_does_not_replace_a_better_one_even_after_a_resume(tmp_path: Path) -> None:
+    spec = checkpoint.ModelSpec("unet", {"width": 1})
+    keeper, module = KeepBest(tmp_path, spec), SimpleNamespace(model=checkpoint.build(spec))
+    for epoch, score in enumerate([0.5, 0.7, 0.6, 0.7, 0.65]):
+        if epoch == 2:                                   # as from last.ckpt
+            state, keeper = keeper.state_dict(), KeepBest(tmp_path, spec)
+            keeper.load_state_dict(state)
+        trainer = SimpleNamespace(callback_metrics={"val_dice": score}, sanity_checking=False, current_epoch=epoch)
+        keeper.on_validation_end(trainer, module)  # pyright: ignore[reportArgumentType]
+    origin = checkpoint.read_spec(tmp_path / "model").origin
+    assert (origin["epoch"], origin["val_dice_at_training_resolution"]) == (1, 0.7)
 
 
 def test_the_model_says_where_it_comes_from(run: SimpleNamespace) -> None:

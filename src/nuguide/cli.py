@@ -62,17 +62,21 @@ def segment(
     if mpp is not None and not 0.05 <= mpp <= 5:
         raise UserError(f"--mpp {mpp}: must lie between 0.05 and 5; a 40x scan has about 0.25")
     predictor = load(model, device=device, precision=precision, batch=batch)
-    outcome = segment_files(
-        inputs,
-        out,
-        lambda image, image_mpp, tiles: predictor.segment(image, image_mpp, tiles),
-        model=model_name(model),
-        mpp=mpp,
-        default_mpp=DEFAULT_MPP,
-        formats=wanted,
-        overwrite=overwrite,
-        watch=Bar(),
-    )
+    bar = Bar()
+    try:
+        outcome = segment_files(
+            inputs,
+            out,
+            lambda image, image_mpp, tiles: predictor.segment(image, image_mpp, tiles),
+            model=model_name(model),
+            mpp=mpp,
+            default_mpp=DEFAULT_MPP,
+            formats=wanted,
+            overwrite=overwrite,
+            watch=bar,
+        )
+    finally:
+        bar.close()
     total = sum(row.nuclei for row in outcome.rows)
     print(
         f"{total} nuclei in {len(outcome.rows)} images"
@@ -124,7 +128,10 @@ class Bar:
         self.share = 0.0
         if line:
             self.bar.write(line)
-        if self.bar.n >= (self.bar.total or 0) - 1e-6:
+
+    def close(self) -> None:
+        """Leave the bar as it is and go on below it."""
+        if self.bar is not None:
             self.bar.close()
 
 

@@ -1,4 +1,4 @@
-"""Convolutions in 8-bit integers: close to the float ones, the same for every tile, only where they are known to fit."""
+"""Convolutions in 8-bit integers: close to the float ones, the same for every tile, only where they fit."""
 
 from __future__ import annotations
 

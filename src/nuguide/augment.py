@@ -17,11 +17,15 @@ class Augmentation:
     """How strongly a training patch is varied; every range is drawn from uniformly.
 
     Attributes:
-        rotate: turn by any angle (else by quarter turns only, which a cached latent can follow).
-        scale: range of enlargement. elastic_px: largest shift of the elastic grid.
-        gamma, brightness, contrast: ranges of the intensity curve (brightness in 0..255).
+        rotate: turn by any angle, else by quarter turns only.
+        scale: range of enlargement.
+        elastic_px: largest shift of the elastic grid.
+        gamma: range of the exponent of the intensity curve.
+        brightness: largest shift of the intensity, of 255.
+        contrast: range of the slope of the intensity curve.
         clahe: probability of contrast-limited equalization of lightness.
-        stain: relative spread of the amount of each stain; stain_shift: spread of its base, in optical density.
+        stain: relative spread of the amount of each stain.
+        stain_shift: spread of each stain's base, in optical density.
     """
 
     rotate: bool = True

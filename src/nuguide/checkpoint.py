@@ -89,6 +89,7 @@ def save(folder: Path, model: nn.Module, spec: ModelSpec, dtype: torch.dtype = t
             shutil.copytree(folder, new, ignore=shutil.ignore_patterns(WEIGHTS, CONFIG))
         new.mkdir(exist_ok=True)
         save_file(state, new / WEIGHTS)
+        (new / WEIGHTS).chmod(0o644)                    # safetensors leaves it to its owner alone
         (new / CONFIG).write_text(json.dumps(dataclasses.asdict(spec), indent=1) + "\n")
         exchange(folder, new, old)
     except (OSError, SafetensorError) as error:

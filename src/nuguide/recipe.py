@@ -10,24 +10,34 @@ from .types import UserError
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How a model is trained. The defaults make the model that comes with the package.
+    """How a model is trained. The card of the model that comes with the package names what it changed.
 
     Attributes:
-        network: a name of `NETWORKS`; width: channels of its finest level; network_options: its other arguments.
-        fusion: a name of `FUSIONS`, or "none" for no guide; fusion_options: its arguments; latent_dropout: share of the
-            latent's channels dropped while training.
-        guide: a name of `GUIDES`; guide_weights: a file, or "random:SEED" for the control; guide_px: side to which a
-            patch is resized for the guide (the guide's own where not given).
-        latents: "live" lets the guide see each augmented patch; "cached" computes each latent once and varies
-            patches only by quarter turns, flips and color (for guides too slow to run at every step).
-        mpp: microns per pixel to train at. exposure: bring every image to one exposure first (`stain.exposed`).
-            patch_px: side of a training patch.
-        epochs, steps_per_epoch: length; an epoch is `steps_per_epoch` batches, or one pass over the images.
-        batch, lr, weight_decay, schedule: AdamW (Adam where weight_decay is 0) with a warm-up over the first 5% and
-            a "cosine" fall to 1% of lr, or "constant".
+        network: unet, unet3plus or eunet3plus.
+        width: channels of the network's finest level.
+        network_options: other arguments of the network, as NAME VALUE pairs, such as activation silu.
+        fusion: how the guide comes in: cross, concat, x_gfb, efb; none for no guide.
+        fusion_options: other arguments of the fusion, as NAME VALUE pairs.
+        latent_dropout: share of the latent's channels that are dropped while training.
+        guide: efficientnet_lite0, sam_vit_b, sam_vit_l, sam_vit_h, medsam or pathosam.
+        guide_weights: a file, or random:SEED for the control without knowledge; else the published ones.
+        guide_px: side to which a patch is resized for the guide; the guide's own where not given.
+        latents: live lets the guide see each augmented patch; cached computes each latent once and varies patches only
+            by quarter turns, flips and color, for guides too slow to run at every step.
+        mpp: microns per pixel to train at.
+        exposure: bring every image to one exposure first.
+        patch_px: side of a training patch, in pixels at that resolution.
+        epochs: after each one the model is validated.
+        steps_per_epoch: batches in an epoch; where not given, one pass over the images.
+        batch: patches in a batch.
+        lr: highest learning rate of AdamW, reached after the first 5% of the steps.
+        weight_decay: of AdamW; 0 makes it Adam.
+        schedule: cosine lets the learning rate fall to 1%, constant keeps it.
         balance: 0 draws every image alike, 1 every group alike.
+        augmentation: how patches are varied.
         seed: of the initial weights, the patches and drop-out.
-        precision: auto, fp32 or bf16 (autocast). device: auto, cpu or cuda.
+        precision: of training: auto, fp32 or bf16; auto takes bf16 where this machine is faster with it.
+        device: auto, cpu or cuda.
     """
 
     network: str = "eunet3plus"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -430,22 +429,3 @@ def test_an_interruption_leaves_no_half_file(tmp_path, tissue, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_labels(tmp_path / "a.tif", tissue.labels, 0.5)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_five_thousand_nuclei_in_all_four_formats_in_half_a_second_of_an_idle_core(tmp_path):
-    row, column = np.mgrid[:2000, :2000]
-    within = (row % 28 - 14) ** 2 + ((column % 28 - 14) * 0.8) ** 2 < 81
-    labels = np.where(within, row // 28 * 72 + column // 28 + 1, 0).astype(np.int32)
-    smooth = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (2000, 2000, 3), np.uint8), (0, 0), 2)
-    rings = outlines(labels)
-    table = measure(labels, smooth, 0.25, smooth[..., 0], rings)
-    seconds = []
-    for _ in range(2):
-        start = time.process_time()
-        write_labels(tmp_path / "a.tif", labels, 0.25)
-        write_geojson(tmp_path / "a.geojson", rings, table, "a.png")
-        write_table(tmp_path / "a.csv", table)
-        write_overlay(tmp_path / "a.png", smooth, rings)
-        seconds.append(time.process_time() - start)
-    assert len(table) > 5000
-    assert min(seconds) < 1.5  # 0.5 where nothing else runs

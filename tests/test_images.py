@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-import time
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -429,17 +428,15 @@ def bomb(path: Path, suffix: str) -> Path:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_decompression_bomb_is_refused_at_once_and_without_memory(tmp_path, suffix):
+def test_a_decompression_bomb_is_refused_without_memory(tmp_path, suffix):
     path = bomb(tmp_path / f"a.{suffix}", suffix)
     assert path.stat().st_size < 4000
     tracemalloc.start()
-    start = time.perf_counter()
     text = refusal(path)
-    seconds, peak = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert "60000 x 60000" in text
     assert "NUGUIDE_MAX_PIXELS" in text
-    assert seconds < 0.2
     assert peak < 2_000_000
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pandas as pd
 from PIL import Image
 
 import nuguide
@@ -56,18 +55,19 @@ def main() -> None:
     model = nuguide.load("default")
     sets = {name: read_dataset(name, data / name) for name in ("nuinsseg", "tnbc")}
 
-    def panel(choice: pd.Series) -> np.ndarray:
+    def panel(choice: dict) -> np.ndarray:
         dataset = sets[choice["dataset"]]
         sample = dataset[dataset.ids.index(choice["id"])]
         print(choice["dataset"], choice["id"], f"Dice {choice['dice']:.3f} AJI {choice['aji']:.3f}")
         return row(sample, model.segment(sample.image_rgb, sample.mpp).labels)
 
     middling = []
-    for _, rows in scores[scores["nuclei_truth"] >= 20].groupby("dataset"):
-        middling.append(rows.sort_values("dice").iloc[len(rows) // 2])
+    for name in sets:
+        rows = scores.query(f"dataset == {name!r} and nuclei_truth >= 20").sort_values(by="dice").to_dict("records")
+        middling.append(rows[len(rows) // 2])
     save(ROOT / "docs/images/result.jpg", [panel(choice) for choice in middling], 1000)
-    worst = scores[scores["nuclei_truth"] >= 10].sort_values("dice").drop_duplicates("group").head(3)
-    save(ROOT / "docs/images/failures.jpg", [panel(choice) for _, choice in worst.iterrows()], 900)
+    worst = scores.query("nuclei_truth >= 10").sort_values(by="dice").drop_duplicates("group").head(3)
+    save(ROOT / "docs/images/failures.jpg", [panel(choice) for choice in worst.to_dict("records")], 900)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from nuguide.evaluate import interval, paired, read_scores
@@ -39,9 +40,14 @@ def scores(model: str) -> pd.DataFrame:
     return pd.concat([read_scores(file) for file in sorted(RESULTS.glob(f"{model}.*.json"))], ignore_index=True)
 
 
-def with_interval(values: pd.Series) -> str:
+def of_set(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The rows of one data set."""
+    return table.query(f"dataset == {name!r}")
+
+
+def with_interval(values: np.ndarray) -> str:
     """Mean and 95% interval."""
-    low, high = interval(values.to_numpy())
+    low, high = interval(values)
     return f"{values.mean():.3f} ({low:.3f}-{high:.3f})"
 
 
@@ -50,8 +56,8 @@ def accuracy() -> str:
     table = scores("default")
     lines = ["| set | images | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 2) + "|"]
     for name, title in SETS.items():
-        rows = table[table["dataset"] == name]
-        cells = [with_interval(rows[metric]) for metric in METRICS]
+        rows = of_set(table, name)
+        cells = [with_interval(rows[metric].to_numpy()) for metric in METRICS]
         lines.append(f"| {title} | {len(rows)} | " + " | ".join(cells) + " |")
     for title, (dice, aji, pq) in BESIDE.items():
         lines.append(f"| CryoNuSeg: {title} | 30 | {dice:.3f} | {aji:.3f} | {pq:.3f} | |")
@@ -63,7 +69,7 @@ def guidance() -> str:
     guided, plain = scores("default"), scores("unguided")
     lines = ["| set | images | Dice | AJI | PQ |", "|---|---|---|---|---|"]
     for name, title in SETS.items():
-        rows = paired(guided[guided["dataset"] == name], plain[plain["dataset"] == name]).set_index("metric")
+        rows = paired(of_set(guided, name), of_set(plain, name)).set_index("metric")
         cells = []
         for metric in ("dice", "aji", "pq"):
             row = rows.loc[metric]
@@ -77,7 +83,8 @@ def groups() -> str:
     """The default model on each held-out organ and slide."""
     table = scores("default")
     lines = ["| group | images | Dice | AJI | PQ |", "|---|---|---|---|---|"]
-    for (dataset, group), rows in table[table["dataset"].isin(["nuinsseg", "tnbc"])].groupby(["dataset", "group"]):
+    table = table[table["dataset"].isin(["nuinsseg", "tnbc"])]
+    for (dataset, group), rows in table.groupby(["dataset", "group"]):  # pyright: ignore[reportGeneralTypeIssues]
         cells = [f"{rows[metric].mean():.3f}" for metric in ("dice", "aji", "pq")]
         lines.append(f"| {dataset}: {group} | {len(rows)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

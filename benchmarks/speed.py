@@ -114,7 +114,7 @@ def large_image(path: Path) -> Path:
         parts = [read_image(file).image_rgb for file in real]
     else:
         sys.path.insert(0, str(root / "tests"))
-        from conftest import draw_tissue
+        from conftest import draw_tissue  # pyright: ignore[reportMissingImports]
 
         parts = [draw_tissue(seed, (1000, 1000), 600, (14, 24))[0] for seed in range(4)]
     picture = np.vstack([np.hstack(parts[:2]), np.hstack(parts[2:])])

@@ -36,7 +36,7 @@ def draw_tissue(
         shape = ((float(center[0]), float(center[1])), (float(2 * axes[0]), float(2 * axes[1])), turn)
         one = np.zeros(size, np.uint8)
         cv2.ellipse(one, shape, 1, -1)
-        if not one.any() or (cv2.dilate(one, np.ones((5, 5), np.uint8)) & taken).any():
+        if not one.any() or np.logical_and(cv2.dilate(one, np.ones((5, 5), np.uint8)), taken).any():
             continue
         taken |= one
         labels[one > 0] = labels.max() + 1

@@ -51,12 +51,12 @@ def input_ranges(predictor: Predictor, pictures: Sequence[Picture]) -> Ranges:
 
 def best_separation(predictor: Predictor, pictures: Sequence[Picture]) -> dict[str, float]:
     """The options of `GRID` with the highest mean PQ over the pictures, at the model's resolution."""
-    maps = [predictor.probabilities(drawn.image_rgb).astype(np.float16) for drawn in pictures]
+    maps = [predictor.probabilities(drawn.image_rgb) for drawn in pictures]
     best: tuple[float, dict[str, float]] = (-1.0, {})
     for values in itertools.product(*GRID.values()):
         options = dict(zip(GRID, values, strict=True))
         how = Separation(**options)
-        found = (separate(*both.astype(np.float32), predictor.spec.mpp, how) for both in maps)
+        found = (separate(nucleus, interior, predictor.spec.mpp, how) for nucleus, interior in maps)
         quality = np.mean([panoptic_quality(drawn.labels, one).pq for drawn, one in zip(pictures, found, strict=True)])
         best = max(best, (float(quality), options), key=lambda pair: pair[0])
     return best[1]

@@ -8,6 +8,7 @@ oneDNN's, as torch's own compiler calls them.
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -72,13 +73,12 @@ class InputRanges:
     def __init__(self, module: nn.Module):
         self.ranges: Ranges = {}
         self.hooks = [
-            unit.conv.register_forward_pre_hook(lambda _, inputs, name=name: self.see(name, inputs[0]))
-            for name, unit in quantizable(module).items()
+            unit.conv.register_forward_pre_hook(partial(self.see, name)) for name, unit in quantizable(module).items()
         ]
 
-    def see(self, name: str, x: Tensor) -> None:
+    def see(self, name: str, _: nn.Module, inputs: tuple[Tensor]) -> None:
         """Widen the range of a unit by its input."""
-        low, high = (value.item() for value in torch.aminmax(x.float()))
+        low, high = (value.item() for value in torch.aminmax(inputs[0].float()))
         old = self.ranges.get(name, (low, high))
         self.ranges[name] = (min(old[0], low), max(old[1], high))
 

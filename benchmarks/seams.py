@@ -68,7 +68,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         image = read_image(options.image or large_image(Path(folder) / "image.png")).image_rgb
     image = predictor.prepared(image, MPP)
-    predictor.tile_px = max(image.shape[:2])
+    predictor.tile_px = max(image.shape[:2]) + 64          # one tile holds it all
     whole = predictor.label(*predictor.probabilities(image))
     ids, y, x = middles(whole)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()

@@ -67,11 +67,8 @@ class PlainPredictor(Predictor):
                     setattr(module, name, PlainUp(child))
         self.model, self.guide = model.eval(), guide
 
-    @torch.inference_mode()
-    def maps(self, image: Tensor) -> Tensor:
-        image = image.float().contiguous()
-        logits = self.model(image) if self.guide is None else self.model(image, self.guide(image))
-        return logits.sigmoid()
+    def _on_device(self, image: Tensor) -> Tensor:
+        return image.float().contiguous()
 
 
 class Clock:

@@ -18,6 +18,7 @@ from nuguide.fusion import (
     Guided,
     at_grid,
     build_fusion,
+    within_reach,
 )
 from nuguide.latents import pooled
 from nuguide.networks import NETWORKS, build_network
@@ -95,7 +96,7 @@ def test_concat_computes_its_equation() -> None:
 
 @pytest.mark.parametrize("heads", [1, 4])
 def test_cross_computes_its_equation(heads: int) -> None:
-    fusion = block("cross", heads=heads)
+    fusion = block("cross", heads=heads, reach=None)
     assert isinstance(fusion, Cross)
 
     def n(x: Tensor) -> Tensor:                          # each token over its channels; the scale starts at 1
@@ -247,3 +248,28 @@ def test_unknown_names_list_the_choices() -> None:
         build_fusion("add", T, G)
     with pytest.raises(ValueError, match="unknown gate 'tanh'; choose from glu, sigmoid"):
         build_fusion("efb", T, G, gate="tanh")
+
+
+# --- reach ---
+
+
+def test_a_token_within_reach_1_of_a_row_of_5_sees_its_neighbors_alone() -> None:
+    mask = within_reach(1, 5, 1, 5, 1, torch.device("cpu"))
+    assert mask is not None
+    assert [row.nonzero().ravel().tolist() for row in mask] == [[0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4]]
+    # a latent twice as fine: cells 0..9 lie at -0.25, 0.25, 0.75 ... on the row
+    fine = within_reach(1, 5, 1, 10, 1, torch.device("cpu"))
+    assert fine is not None
+    assert fine[2].nonzero().ravel().tolist() == [3, 4, 5, 6]
+    assert within_reach(2, 2, 4, 4, 2, torch.device("cpu")) is None          # all see all: no mask is needed
+
+
+@torch.no_grad()
+def test_what_lies_beyond_the_reach_of_cross_does_not_matter() -> None:
+    task, latent = normal(1, T, 4, 12), normal(1, G, 4, 12, seed=1)
+    other = latent.clone()
+    other[..., 6:] = normal(1, G, 4, 6, seed=2)
+    for reach, same in ((2, [True, True, False]), (None, [False, False, False])):
+        fusion = block("cross", reach=reach)
+        difference = (fusion(task, latent) - fusion(task, other)).abs().amax((0, 1, 2))
+        assert [float(difference[column]) < 1e-6 for column in (0, 3, 4)] == same

@@ -21,6 +21,7 @@ from nuguide.measure import COLUMNS
 from nuguide.metrics import panoptic_quality
 from nuguide.networks import UNet
 from nuguide.predict import Predictor
+from nuguide.tiling import cover
 from nuguide.types import Sample, UserError
 
 SPEC = ModelSpec("unet", {"width": 2})
@@ -160,7 +161,7 @@ class NoMemory(nn.Module):
 def test_a_full_memory_is_told_from_other_trouble(tissue: Sample):
     full = RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried")
     for error in (full, torch.OutOfMemoryError("CUDA out of memory")):
-        with pytest.raises(MemoryError, match="a batch of 1 tiles does not fit into memory; lower --batch"):
+        with pytest.raises(MemoryError, match="a tile does not fit into memory; lower --batch"):
             Predictor(NoMemory(error), None, SPEC, "cpu", "fp32").segment(tissue.image_rgb, 0.5)
     with pytest.raises(RuntimeError, match="sizes differ"):
         Predictor(NoMemory(RuntimeError("sizes differ")), None, SPEC, "cpu", "fp32").segment(tissue.image_rgb, 0.5)
@@ -287,3 +288,22 @@ def test_the_default_model_finds_the_same_in_tiles(default_model, monkeypatch):
     for one, other in ((whole, tiled), (tiled, whole)):
         at_seam, elsewhere = lost(one, other, seam), lost(one, other, ~seam)
         assert at_seam[0] / at_seam[1] <= elsewhere[0] / elsewhere[1] + 2 / at_seam[1]
+
+
+class Surroundings(nn.Module):
+    """A guide of bounded receptive field: the mean of each 16 px cell and its eight neighbors, zeros beyond the border."""
+
+    def forward(self, image):
+        cells = torch.nn.functional.avg_pool2d(image, 16)
+        return torch.nn.functional.avg_pool2d(cells, 3, stride=1, padding=1)
+
+
+def test_a_guide_sees_what_lies_around_a_tile(wide):
+    predictor = Predictor(ByColor(), Surroundings(), SPEC, "cpu", "fp32", tile_px=128, overlap_px=32)  # pyright: ignore
+    image = wide[:288, :416]
+    whole = Surroundings()(torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float())
+    tiles = cover(image.shape[:2], 128, 32, 32)
+    assert len(tiles) > 4
+    for tile in tiles:
+        cells = whole[..., tile.top // 16 : tile.bottom // 16, tile.left // 16 : tile.right // 16]
+        torch.testing.assert_close(predictor.latent(image, tile), cells)

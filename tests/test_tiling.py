@@ -24,7 +24,7 @@ def random_covers(count: int = 150) -> list[tuple[tuple[int, int], int, int, int
         shape = tuple(int(side) for side in rng.integers(1, 300, 2))
         tile, multiple = int(rng.integers(1, 130)), int(rng.choice([1, 1, 2, 16, 32]))
         overlap = int(rng.integers(0, 60))
-        if tile >= multiple and tile // multiple * multiple > overlap:
+        if tile // multiple > -(-overlap // multiple):
             cases.append((shape, tile, overlap, multiple))
     return cases
 
@@ -44,19 +44,21 @@ def test_every_pixel_lies_in_exactly_one_core(case):
 def test_tiles_are_alike_and_neighbors_share_the_overlap(case):
     for shape, tile_px, overlap_px, multiple in random_covers()[case : case + 10]:
         tiles = cover(shape, tile_px, overlap_px, multiple)
-        assert len({(tile.bottom - tile.top, tile.right - tile.left) for tile in tiles}) == 1
         for axis, (start, stop) in enumerate([("top", "bottom"), ("left", "right")]):
             places = sorted({(getattr(tile, start), getattr(tile, stop)) for tile in tiles})
             length = places[0][1] - places[0][0]
             assert length <= tile_px
             assert (places[0][0], places[-1][1]) == (0, shape[axis])
+            assert all(first % multiple == 0 for first, _ in places)
+            for first, last in places:                   # alike, but for what the border cuts off
+                assert last - first == length or (last == shape[axis] and last - first > length - multiple)
             for (_, stop_before), (start_after, _) in zip(places, places[1:], strict=False):
                 assert stop_before - start_after >= overlap_px
             if len(places) > 1:
                 assert length % multiple == 0
                 fewer = len(places) - 1
-                longest = tile_px // multiple * multiple
-                assert fewer * (longest - overlap_px) + overlap_px < shape[axis], "one less would do"
+                longest, shared = tile_px // multiple * multiple, -(-overlap_px // multiple) * multiple
+                assert fewer * (longest - shared) + shared < shape[axis], "one less would do"
 
 
 def test_a_core_keeps_half_the_overlap_away_from_borders_inside_the_image():

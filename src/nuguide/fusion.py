@@ -8,6 +8,8 @@ Attn(q, k, v) = softmax(q' k / sqrt(d)) v over the pixels as tokens.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -61,11 +63,16 @@ class ChannelGate(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attn(Wq q, Wk k, Wv v) projected by Wo; queries (B, Q, H, W), keys and values (B, K, h, w) -> (B, Q, H, W)."""
+    """Attn(Wq q, Wk k, Wv v) projected by Wo; queries (B, Q, H, W), keys and values (B, K, h, w) -> (B, Q, H, W).
 
-    def __init__(self, query_channels: int, key_channels: int, heads: int = 1):
+    With a `reach`, a query attends only to keys whose place, on the grid of the queries, is at most so many cells away
+    along each side.
+    """
+
+    def __init__(self, query_channels: int, key_channels: int, heads: int = 1, reach: int | None = None):
         super().__init__()
         self.heads = heads
+        self.reach = reach
         self.query = nn.Conv2d(query_channels, query_channels, 1)
         self.key = nn.Conv2d(key_channels, query_channels, 1)
         self.value = nn.Conv2d(key_channels, query_channels, 1)
@@ -75,10 +82,28 @@ class Attention(nn.Module):
         def tokens(x: Tensor) -> Tensor:                                       # (B, heads, h w, C / heads)
             return x.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)
 
+        mask = None
+        if self.reach is not None:
+            mask = within_reach(*query.shape[-2:], *key.shape[-2:], self.reach, query.device)
         y = F.scaled_dot_product_attention(
-            tokens(self.query(query)), tokens(self.key(key)), tokens(self.value(value))
+            tokens(self.query(query)), tokens(self.key(key)), tokens(self.value(value)), attn_mask=mask
         )
         return self.out(y.transpose(2, 3).flatten(1, 2).unflatten(2, query.shape[-2:]))
+
+
+@lru_cache(maxsize=16)
+def within_reach(height: int, width: int, h: int, w: int, reach: int, device: torch.device) -> Tensor | None:
+    """Which keys on a grid h x w each query on a grid height x width may attend to: (height width, h w) bool.
+
+    None where all may attend to all.
+    """
+    near = []
+    for queries, keys in ((height, h), (width, w)):
+        place = (torch.arange(keys) + 0.5) * queries / keys - 0.5
+        near.append((torch.arange(queries)[:, None] - place[None, :]).abs() <= reach)
+    rows, columns = near
+    mask = (rows[:, None, :, None] & columns[None, :, None, :]).reshape(height * width, h * w)
+    return None if bool(mask.all()) else mask.to(device)
 
 
 class XGFB(nn.Module):
@@ -132,13 +157,17 @@ class Cross(nn.Module):
     out = t + Wo Attn(q = Wq N(t), k = Wk N(g), v = Wv N(g)), where N normalizes each token over its channels
     (one-group norm of a token, learned scale). The guide's tokens need not lie on the task's grid. Wo starts at zero,
     so training starts from the unguided network.
+
+    Args:
+        reach: a token attends to the guide's tokens at most so many cells away (4 cells are 64 px of the image), so
+            that what it finds does not depend on how large a tile it lies in; None for no limit.
     """
 
-    def __init__(self, task_channels: int, guide_channels: int, heads: int = 4):
+    def __init__(self, task_channels: int, guide_channels: int, heads: int = 4, reach: int | None = 4):
         super().__init__()
         self.task_norm = nn.LayerNorm(task_channels)
         self.guide_norm = nn.LayerNorm(guide_channels)
-        self.attention = Attention(task_channels, guide_channels, heads)
+        self.attention = Attention(task_channels, guide_channels, heads, reach)
         nn.init.zeros_(self.attention.out.weight)
         assert self.attention.out.bias is not None
         nn.init.zeros_(self.attention.out.bias)

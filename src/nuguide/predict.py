@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 DEFAULT_MPP = 0.25          # of an image that does not say: what scanners call 40x
 TILE_PX, OVERLAP_PX, MARGIN_PX = 544, 64, 16      # at the network's resolution
+CONTEXT_PX = 128                                  # that the guide sees around a tile
+PHASE_PX = 32                                     # the coarsest stride of networks and guides
 WINDOW_PX, HALO_PX = 2048, 64                     # of the separation into nuclei
 
 
@@ -68,8 +71,7 @@ class Predictor:
         if guide is not None:
             self.guide = fold_batch_norm(guide.eval()).to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.spec = spec
-        resizes = guide is not None and getattr(guide, "image_px", None) is not None
-        self.tile_px = tile_px or (spec.tile_px if resizes else TILE_PX)
+        self.tile_px = tile_px or (spec.tile_px if guide is not None and resizes(guide) else TILE_PX)
         self.batch, self.overlap_px = batch, overlap_px
         self.separation = separation or Separation(**spec.separation)
 
@@ -115,7 +117,7 @@ class Predictor:
     ) -> np.ndarray:
         """Maps (2, H, W) float32 of `CHANNELS`, of an image (H, W, 3) uint8 at the network's resolution."""
         shape = image_rgb.shape[:2]
-        tiles = cover(shape, self.tile_px, self.overlap_px)
+        tiles = cover(shape, max(self.tile_px, PHASE_PX), self.overlap_px, PHASE_PX)
         mapped = self._map_tiles(image_rgb, tiles, progress)
         return blend(shape, mapped, len(CHANNELS), self.overlap_px, min(MARGIN_PX, self.overlap_px // 4))
 
@@ -132,29 +134,85 @@ class Predictor:
     ) -> Iterator[tuple[Tile, np.ndarray]]:
         done = 0
         for group in batches(tiles, self.batch):
-            stack = np.stack([image_rgb[tile.window] for tile in group])
-            maps = self.maps(torch.from_numpy(stack).permute(0, 3, 1, 2)).numpy()
-            yield from zip(group, maps, strict=True)
+            stack = np.stack([padded(image_rgb[tile.window], PHASE_PX) for tile in group])
+            latents = None if self.guide is None else [self.latent(image_rgb, tile) for tile in group]
+            maps = self.maps(as_batch(stack), None if latents is None else torch.cat(latents)).numpy()
+            for tile, values in zip(group, maps, strict=True):
+                yield tile, values[:, : tile.bottom - tile.top, : tile.right - tile.left]
             done += len(group)
             if progress is not None:
                 progress(done, len(tiles))
 
-    @torch.inference_mode()
-    def maps(self, image: Tensor) -> Tensor:
+    def latent(self, image_rgb: np.ndarray, tile: Tile) -> Tensor:
+        """The guide's latent (1, C, h, w) of a tile, seen with what lies around it.
+
+        An encoder says other things of a border of its input than of the same place within an image; with
+        `CONTEXT_PX` around the tile these do not reach it. A guide that resizes its input sees the tile alone.
+        """
+        assert self.guide is not None
+        around = 0 if resizes(self.guide) else CONTEXT_PX
+        top, left = max(tile.top - around, 0), max(tile.left - around, 0)
+        seen = padded(image_rgb[top : tile.bottom + around, left : tile.right + around], PHASE_PX)
+        with self._computing():
+            latent = self.guide(self._on_device(as_batch(seen[None])))
+        if not around:
+            return latent
+        stride = seen.shape[0] // latent.shape[2]
+        rows, columns = (
+            slice((start - first) // stride, (start - first + -(-(stop - start) // PHASE_PX) * PHASE_PX) // stride)
+            for start, stop, first in ((tile.top, tile.bottom, top), (tile.left, tile.right, left))
+        )
+        return latent[:, :, rows, columns]
+
+    def maps(self, image: Tensor, latent: Tensor | None = None) -> Tensor:
         """Probabilities (B, 2, H, W) float32 on the CPU, of images (B, 3, H, W) uint8.
+
+        Args:
+            latent: of the images, where it is known; else a guided model asks its guide.
 
         Raises:
             MemoryError: the batch is too large for the device.
         """
-        try:
-            image = image.to(self.device).float().contiguous(memory_format=torch.channels_last)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                logits = self.model(image) if self.guide is None else self.model(image, self.guide(image))
+        image = self._on_device(image)
+        with self._computing():
+            if self.guide is None:
+                logits = self.model(image)
+            else:
+                logits = self.model(image, self.guide(image) if latent is None else latent)
             return logits.float().sigmoid().cpu()
+
+    def _on_device(self, image: Tensor) -> Tensor:
+        return image.to(self.device).float().contiguous(memory_format=torch.channels_last)
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Without gradients, in the predictor's arithmetic; memory that runs out is a MemoryError."""
+        try:
+            with (
+                torch.inference_mode(),
+                torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
+            ):
+                yield
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):     # on GPU; on CPU
-                raise MemoryError(f"a batch of {len(image)} tiles does not fit into memory; lower --batch") from error
+                raise MemoryError("a tile does not fit into memory; lower --batch") from error
             raise
+
+
+def resizes(guide: nn.Module) -> bool:
+    """Whether a guide brings what it sees to a size of its own."""
+    return getattr(guide, "image_px", None) is not None
+
+
+def as_batch(images: np.ndarray) -> Tensor:
+    """Images (B, H, W, 3) as (B, 3, H, W)."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def padded(image_rgb: np.ndarray, multiple: int) -> np.ndarray:
+    """An image (H, W, 3), its last row and column repeated until both sides are multiples of `multiple`."""
+    below, right = (-side % multiple for side in image_rgb.shape[:2])
+    return np.pad(image_rgb, ((0, below), (0, right), (0, 0)), mode="edge") if below or right else image_rgb
 
 
 def load(

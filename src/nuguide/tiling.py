@@ -11,19 +11,20 @@ from .types import Tile
 
 
 def cover(shape: tuple[int, int], tile_px: int, overlap_px: int, multiple: int = 1) -> list[Tile]:
-    """Tiles of one size that cover an image, in rows from the top left.
+    """Tiles of one size, but for those cut by the image's border, that cover an image, in rows from the top left.
 
     As few tiles as will do, no side longer than `tile_px`, neighbors sharing at least `overlap_px`; they are made only
     as large as that takes, so little is computed twice. Cores end in the middle of the overlaps.
 
     Args:
         shape: (H, W) of the image.
-        multiple: tile sides are multiples of this; a tile larger than the image is cut to it.
+        multiple: tiles start at multiples of this and end at them or at the image's border. A network that halves its
+            maps k times gives a pixel the same answer from any tile only if the tile starts at a multiple of 2^k.
 
     Raises:
         ValueError: the overlap leaves a tile nothing of its own.
     """
-    if overlap_px < 0 or tile_px < multiple or tile_px // multiple * multiple <= overlap_px:
+    if overlap_px < 0 or tile_px // multiple <= -(-overlap_px // multiple):
         raise ValueError(f"tiles of {tile_px} px cannot overlap by {overlap_px} px in multiples of {multiple} px")
     rows, columns = (spans(side, tile_px // multiple * multiple, overlap_px, multiple) for side in shape)
     return [
@@ -35,11 +36,11 @@ def cover(shape: tuple[int, int], tile_px: int, overlap_px: int, multiple: int =
 
 def spans(side: int, tile: int, overlap: int, multiple: int) -> list[tuple[int, int, int, int]]:
     """(start, stop, core start, core stop) of each tile along one side."""
-    count = max(1, math.ceil((side - overlap) / (tile - overlap)))
-    length = -(-math.ceil((side + (count - 1) * overlap) / count) // multiple) * multiple
-    length = min(length, tile, side)
-    starts = [round(i * (side - length) / max(count - 1, 1)) for i in range(count)]
-    stops = [start + length for start in starts]
+    whole, shared = (-(-value // multiple) * multiple for value in (side, overlap))
+    count = max(1, math.ceil((whole - shared) / (tile - shared)))
+    length = -(-math.ceil((whole + (count - 1) * shared) / count) // multiple) * multiple
+    starts = [round(i * (whole - length) / max(count - 1, 1) / multiple) * multiple for i in range(count)]
+    stops = [min(start + length, side) for start in starts]
     cuts = [0, *((start + stop) // 2 for start, stop in zip(starts[1:], stops, strict=False)), side]
     return list(zip(starts, stops, cuts, cuts[1:], strict=False))
 

@@ -105,11 +105,13 @@ def speed() -> str:
     lines = ["| stage | seconds per megapixel | share |", "|---|---|---|"]
     for stage, seconds in found["seconds_per_megapixel"].items():
         lines.append(f"| {stage} | {seconds:.3f} | {100 * found['share'][stage]:.0f}% |")
-    both = found["seconds"]
-    lines += ["", f"In all {both['default']} s in {found['network']['precision']} on {found['threads']} threads; the same "
-              f"model as plain eager fp32 takes {both['plain']} s, {found['times_faster']} times as long. Their label maps "
-              f"agree to a Dice of {found['label_dice']}. Peak memory {found['peak_memory_mb']} MB."]
-    return "\n".join(lines)
+    fast, plain = found["seconds"]["default"], found["seconds"]["plain"]
+    text = (
+        f"In all {fast} s in {found['network']['precision']} on {found['threads']} threads; the same model as plain eager "
+        f"fp32 takes {plain} s, {found['times_faster']} times as long. Their label maps agree to a Dice of "
+        f"{found['label_dice']}. Peak memory {found['peak_memory_mb']} MB."
+    )
+    return "\n".join([*lines, "", text])
 
 
 def seams() -> str:

@@ -291,7 +291,7 @@ def test_the_default_model_finds_the_same_in_tiles(default_model, monkeypatch):
 
 
 class Surroundings(nn.Module):
-    """A guide of bounded receptive field: the mean of each 16 px cell and its eight neighbors, zeros beyond the border."""
+    """A guide of bounded receptive field: the mean of each 16 px cell and its neighbors, zeros beyond the border."""
 
     def forward(self, image):
         cells = torch.nn.functional.avg_pool2d(image, 16)

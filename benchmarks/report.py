@@ -107,8 +107,8 @@ def speed() -> str:
         lines.append(f"| {stage} | {seconds:.3f} | {100 * found['share'][stage]:.0f}% |")
     fast, plain = found["seconds"]["default"], found["seconds"]["plain"]
     text = (
-        f"In all {fast} s in {found['network']['precision']} on {found['threads']} threads; the same model as plain eager "
-        f"fp32 takes {plain} s, {found['times_faster']} times as long. Their label maps agree to a Dice of "
+        f"In all {fast} s in {found['network']['precision']} on {found['threads']} threads; the same model as plain "
+        f"eager fp32 takes {plain} s, {found['times_faster']} times as long. Their label maps agree to a Dice of "
         f"{found['label_dice']}. Peak memory {found['peak_memory_mb']} MB."
     )
     return "\n".join([*lines, "", text])

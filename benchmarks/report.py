@@ -99,6 +99,25 @@ def screen() -> str:
     return "\n".join(lines)
 
 
+def training() -> str:
+    """Both arms of the default model's training."""
+    lines = ["| arm | last epoch's loss | best validation Dice | its epoch |", "|---|---|---|---|"]
+    for arm in json.loads((RESULTS / "training.json").read_text())["arms"]:
+        best = max(arm["val_dice"])
+        lines.append(f"| {arm['arm']} | {arm['train_loss'][-1]:.3f} | {best:.3f} | {arm['val_dice'].index(best) + 1} |")
+    return "\n".join(lines)
+
+
+def reach() -> str:
+    """The default model with its attention limited after training."""
+    found = json.loads((RESULTS / "reach.json").read_text())
+    lines = ["| reach, cells | set | images | Dice | AJI | PQ |", "|---|---|---|---|---|---|"]
+    for row in found["rows"]:
+        scores = " | ".join(f"{row[name]:.3f}" for name in ("dice", "aji", "pq"))
+        lines.append(f"| {row['reach'] or 'no limit'} | {row['dataset']} | {row['images']} | {scores} |")
+    return "\n".join(lines)
+
+
 def speed() -> str:
     """Stages of `nuguide segment`."""
     found = json.loads((RESULTS / "speed.json").read_text())
@@ -109,7 +128,8 @@ def speed() -> str:
     text = (
         f"In all {fast} s in {found['network']['precision']} on {found['threads']} threads; the same model as plain "
         f"eager fp32 takes {plain} s, {found['times_faster']} times as long. Their label maps agree to a Dice of "
-        f"{found['label_dice']}. Peak memory {found['peak_memory_mb']} MB."
+        f"{found['label_dice']}. The network runs at {100 * found['network']['share_of_peak']:.0f}% of this machine's "
+        f"measured peak of {found['network']['precision']} convolutions. Peak memory {found['peak_memory_mb']} MB."
     )
     return "\n".join([*lines, "", text])
 
@@ -127,6 +147,7 @@ def seams() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy, "guidance": guidance, "groups": groups, "screen": screen, "speed": speed, "seams": seams,
+    "training": training, "reach": reach,
 }
 
 

@@ -123,16 +123,11 @@ class XGFB(nn.Module):
         return self.attention(gated, task, task)
 
 
-class EFB(nn.Module):
+class EFB(XGFB):
     """Enhanced Fusion Block (JMIS 2024, section on the gated fusion block): the gated features attend to themselves.
 
-    t' = gate(g, t) * t;   out = Attn(q = t', k = t', v = t')
+    t' = gate(g, t) * t;   out = Attn(q = t', k = t', v = t'), with the parts of `XGFB`.
     """
-
-    def __init__(self, task_channels: int, guide_channels: int, gate: str = "glu"):
-        super().__init__()
-        self.gate = ChannelGate(task_channels, guide_channels, gate)
-        self.attention = Attention(task_channels, task_channels)
 
     def forward(self, task: Tensor, latent: Tensor) -> Tensor:
         gated = self.gate(task, latent) * task

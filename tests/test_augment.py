@@ -14,11 +14,12 @@ from nuguide.types import Sample
 # Only quarter turns, flips and, in an image larger than the patch, the place are left to chance.
 STILL = Augmentation(
     rotate=False, scale=(1, 1), elastic_px=0,
-    gamma=(1, 1), brightness=0, contrast=(1, 1), clahe=0, stain=0, stain_shift=0,
+    gain=(1, 1), gamma=(1, 1), brightness=0, contrast=(1, 1), clahe=0, stain=0, stain_shift=0,
 )
 GEOMETRY = {"rotate": True, "scale": (0.8, 0.8), "elastic_px": 3.0}
 COLOR = {
-    "gamma": (1.3, 1.3), "brightness": 20.0, "contrast": (0.8, 0.8), "clahe": 1.0, "stain": 0.3, "stain_shift": 0.1
+    "gain": (0.8, 0.8), "gamma": (1.3, 1.3), "brightness": 20.0, "contrast": (0.8, 0.8), "clahe": 1.0, "stain": 0.3,
+    "stain_shift": 0.1,
 }
 
 
@@ -141,6 +142,8 @@ def test_patches_come_from_everywhere_inside() -> None:
     [
         ({"gamma": (2, 2)}, 10),                         # 255 x 0.2^2 = 10.2
         ({"contrast": (0.5, 0.5)}, 89),                  # 255 x ((0.2 - 0.5) / 2 + 0.5) = 89.25
+        ({"gain": (1.5, 1.5)}, 76),                      # 76.5, rounded to even
+        ({"gain": (9, 9)}, 255),                         # held back to 5: the brightest pixel becomes white, no more
         ({}, 51),
     ],
 )

@@ -21,7 +21,7 @@ from nuguide.types import Sample
 
 STILL = Augmentation(
     rotate=False, scale=(1, 1), elastic_px=0,
-    gamma=(1, 1), brightness=0, contrast=(1, 1), clahe=0, stain=0, stain_shift=0,
+    gain=(1, 1), gamma=(1, 1), brightness=0, contrast=(1, 1), clahe=0, stain=0, stain_shift=0,
 )
 
 
@@ -111,6 +111,18 @@ def test_targets_are_those_of_the_patchs_labels() -> None:
     ways = [(turns, flip) for turns in range(4) for flip in (False, True)]
     (way,) = [way for way in ways if np.array_equal(turned(whole.image_rgb, *way), image)]
     assert np.array_equal(target, targets(turned(whole.labels, *way)))
+
+
+def test_the_image_shows_what_lies_around_its_patch() -> None:
+    # one seed draws one place, with and without what is around it
+    pictures = [drawn((96, 96))]
+    alone = Patches(pictures, 32, STILL, seed=5)
+    wide = Patches(pictures, 32, STILL, seed=5, around=32)
+    for number in range(4):
+        image, target, _ = wide[number]
+        assert image.shape == (96, 96, 3)
+        assert np.array_equal(image[32:64, 32:64], alone[number][0])
+        assert np.array_equal(target, alone[number][1])
 
 
 def test_the_epochs_of_a_run_use_each_patch_number_once() -> None:

@@ -92,6 +92,17 @@ def test_a_group_that_would_overshoot_is_passed_over(seed):
     assert len(hold_out(groups, 0.2, seed)[1]) == 20  # two small ones
 
 
+def test_a_representative_part_is_as_crowded_as_the_whole():
+    # eight organs, half of them nearly empty: a part of one kind alone misleads
+    groups = [f"organ {index // 5}" for index in range(40)]
+    crowded = [0.01 if index < 20 else 0.4 for index in range(40)]
+    for seed in range(6):
+        train, held = hold_out(groups, 0.25, seed, like=crowded)
+        assert sorted(crowded[index] for index in held) == [0.01] * 5 + [0.4] * 5
+        assert not {groups[index] for index in train} & {groups[index] for index in held}
+    assert held == hold_out(groups, 0.25, seed, like=crowded)[1]
+
+
 @pytest.mark.parametrize("fraction", [0.001, 0.999])
 def test_both_sides_keep_at_least_one_group(fraction):
     train, held = hold_out(["a"] * 50 + ["b"] * 50, fraction)

@@ -13,13 +13,13 @@ import torch
 
 from conftest import draw_tissue
 from nuguide import checkpoint, train
-from nuguide.batches import Patches
+from nuguide.batches import Batch, Patches
 from nuguide.calibrate import calibrate
 from nuguide.datasets import Dataset, Entry
 from nuguide.guides import FrozenGuide, load_guide
 from nuguide.metrics import dice
 from nuguide.recipe import TrainOptions
-from nuguide.train import RESUME, KeepBest, Training, fit, note_epoch
+from nuguide.train import RESUME, KeepBest, Training, fit, note_epoch, seen
 from nuguide.types import Sample, UserError
 
 LEARNS = TrainOptions(width=4, patch_px=64, epochs=3, steps_per_epoch=8, batch=4, lr=5e-3, precision="fp32")
@@ -234,6 +234,21 @@ def test_cached_latents_and_deep_supervision_train_too(tmp_path: Path) -> None:
     assert model(image, guide(image)).shape == (1, 2, 40, 50)
 
 
+def test_the_guide_sees_around_a_patch_what_it_will_see_around_a_tile() -> None:
+    guide = load_guide("efficientnet_lite0")
+    (samples,) = drawn(0, size=256)
+    image = torch.from_numpy(samples[0].image_rgb.copy()).permute(2, 0, 1)[None].float()
+    batch = Batch(image[..., 32:224, 32:224], torch.zeros(1, 2, 128, 128), None)
+    patch, latent = seen(batch, guide)
+    assert torch.equal(patch, image[..., 64:192, 64:192])
+    assert latent is not None
+    assert latent.shape[-2:] == (8, 8)
+    # nearer to what it says of the whole picture than with nothing around the patch
+    whole = guide(image)[..., 4:12, 4:12]
+    assert (latent - whole).abs().mean() < 0.7 * (guide(patch) - whole).abs().mean()
+    assert seen(batch, None)[1] is None
+
+
 def test_a_guides_weights_may_lie_in_any_file(tmp_path: Path) -> None:
     # as a fine-tuned guide's do: the run needs them in no cache, and the model asks for these weights and no others
     state = load_guide("efficientnet_lite0").network.state_dict()
@@ -303,6 +318,8 @@ def test_options_that_name_what_there_is_not_are_refused(tmp_path: Path, changes
         ({"schedule": "step"}, "unknown schedule 'step'; choose from cosine, constant"),
         ({"batch": 0}, "batch must be positive, not 0"),
         ({"mpp": -1.0}, "mpp must be positive, not -1.0"),
+        ({"patch_px": 100}, "patch_px must be a multiple of 32, not 100"),
+        ({"context_px": -32}, "context_px must be a multiple of 32, not -32"),
     ],
 )
 def test_options_out_of_range_are_refused(changes: dict, says: str) -> None:

@@ -20,6 +20,8 @@ class Augmentation:
         rotate: turn by any angle, else by quarter turns only.
         scale: range of enlargement.
         elastic_px: largest shift of the elastic grid.
+        gain: range of a factor on the intensity, held back where it would make the brightest pixel too bright; cameras
+            expose slides very differently.
         gamma: range of the exponent of the intensity curve.
         brightness: largest shift of the intensity, of 255.
         contrast: range of the slope of the intensity curve.
@@ -31,6 +33,7 @@ class Augmentation:
     rotate: bool = True
     scale: tuple[float, float] = (0.75, 1.35)
     elastic_px: float = 3.0
+    gain: tuple[float, float] = (0.7, 1.5)
     gamma: tuple[float, float] = (0.8, 1.25)
     brightness: float = 12.0
     contrast: tuple[float, float] = (0.85, 1.15)
@@ -40,29 +43,35 @@ class Augmentation:
 
 
 def augment(
-    image_rgb: np.ndarray, labels: np.ndarray, size: int, rng: np.random.Generator, how: Augmentation
+    image_rgb: np.ndarray, labels: np.ndarray, size: int, rng: np.random.Generator, how: Augmentation, around: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """A random patch, `size` pixels square, of an image (H, W, 3) uint8 and its labels (H, W) int32.
 
-    The patch is centered anywhere inside; beyond the border the image is mirrored, labels with it.
+    The patch is centered anywhere inside; beyond the border the image is mirrored, labels with it. The image comes
+    with `around` more pixels on every side, the labels without.
     """
-    x, y = geometry(image_rgb.shape[:2], size, rng, how)
+    x, y = geometry(image_rgb.shape[:2], size, rng, how, around)
     patch = cv2.remap(image_rgb, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+    x, y = (np.ascontiguousarray(place[around : around + size, around : around + size]) for place in (x, y))
     # float32 holds label values exactly up to 2^24; remap takes no int32
     found = cv2.remap(labels.astype(np.float32), x, y, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REFLECT_101)
     return recolor(patch, rng, how), found.astype(np.int32)
 
 
 def geometry(
-    shape: tuple[int, int], size: int, rng: np.random.Generator, how: Augmentation
+    shape: tuple[int, int], size: int, rng: np.random.Generator, how: Augmentation, around: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where each pixel of the patch comes from: x and y (size, size) float32, pixels of the image."""
+    """Where each pixel of the patch and of what is `around` it comes from: x and y, float32, pixels of the image.
+
+    Both are square, with sides of `size` + 2 `around`.
+    """
     height, width = shape
     zoom = 1 / rng.uniform(*how.scale)
     turn = rng.uniform(0, 2 * np.pi) if how.rotate else rng.integers(4) * np.pi / 2
     flip = rng.choice([-1.0, 1.0])
     reach = zoom * size / 2
     center = [rng.uniform(min(reach, side / 2), max(side - reach, side / 2)) - 0.5 for side in (width, height)]
+    size += 2 * around
     line = np.arange(size, dtype=np.float32) - (size - 1) / 2
     u, v = np.meshgrid(line * flip, line)
     cos, sin = np.cos(turn) * zoom, np.sin(turn) * zoom
@@ -83,7 +92,8 @@ def recolor(image_rgb: np.ndarray, rng: np.random.Generator, how: Augmentation) 
         lab = cv2.cvtColor(image_rgb, cv2.COLOR_RGB2LAB)
         lab[..., 0] = cv2.createCLAHE(clipLimit=2.0, tileGridSize=(8, 8)).apply(lab[..., 0])
         image_rgb = cv2.cvtColor(lab, cv2.COLOR_LAB2RGB)
-    levels = np.arange(256, dtype=np.float32) / 255
+    gain = min(rng.uniform(*how.gain), 255 / max(int(image_rgb.max()), 1))
+    levels = np.arange(256, dtype=np.float32) / 255 * gain
     curve = levels ** rng.uniform(*how.gamma)
     curve = (curve - 0.5) * rng.uniform(*how.contrast) + 0.5
     curve = curve * 255 + rng.uniform(-how.brightness, how.brightness)

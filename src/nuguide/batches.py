@@ -22,9 +22,9 @@ from .types import Sample
 
 
 class Batch(NamedTuple):
-    """image (B, 3, P, P) float32, RGB 0..255; target (B, 2, P, P) float32, `instances.CHANNELS`.
+    """image (B, 3, S, S) float32, RGB 0..255; target (B, 2, P, P) float32, `instances.CHANNELS`, of its middle.
 
-    latent is (B, C, h, w) where it was read from a cache, else None.
+    S is P and what the guide sees on both sides. latent is (B, C, h, w) where it was read from a cache, else None.
     """
 
     image: Tensor
@@ -66,6 +66,7 @@ class Patches(Dataset):
     Args:
         pictures: what to draw from. patch_px: side of a patch.
         how: the augmentation. balance: see `drawing_weights`.
+        around: what each image shows beyond its patch on every side, in pixels, for the guide.
         guide, cache, pool: with a cache, each patch is cut on a fixed lattice and turned by quarter turns and flips
             only, and its latent, read from the cache, with it; color varies for the network alone.
     """
@@ -80,8 +81,9 @@ class Patches(Dataset):
         guide: FrozenGuide | None = None,
         cache: LatentCache | None = None,
         pool: int | None = None,
+        around: int = 0,
     ):
-        self.pictures, self.patch_px, self.how, self.seed = pictures, patch_px, how, seed
+        self.pictures, self.patch_px, self.how, self.seed, self.around = pictures, patch_px, how, seed, around
         self.weights = drawing_weights([picture.group for picture in pictures], balance)
         self.guide, self.cache, self.pool = guide, cache, pool
 
@@ -90,7 +92,7 @@ class Patches(Dataset):
         drawn = self.pictures[rng.choice(len(self.pictures), p=self.weights)]
         latent = None
         if self.cache is None:
-            image, labels = augment(drawn.image_rgb, drawn.labels, self.patch_px, rng, self.how)
+            image, labels = augment(drawn.image_rgb, drawn.labels, self.patch_px, rng, self.how, self.around)
         else:
             assert self.guide is not None
             image, labels = lattice_patch(drawn, self.patch_px, rng)

@@ -158,7 +158,8 @@ def train(
         val: Annotated images to validate on, like data. Where none are given, whole groups (patients, slides, organs)
             of the data are held out.
         val_fraction: Share of the images to hold out.
-        split_seed: Draws the groups that are held out.
+        split_seed: Draws the groups that are held out: of 200 draws, the one whose images are as crowded with nuclei
+            as all images are.
     """
     from .datasets.splits import hold_out
 
@@ -169,7 +170,8 @@ def train(
         held = []
         for part in parts:
             try:
-                held.append(hold_out(part.groups, val_fraction, split_seed))
+                crowded = [float((sample.labels > 0).mean()) for sample in part]
+                held.append(hold_out(part.groups, val_fraction, split_seed, crowded))
             except ValueError as error:
                 raise UserError(f"{part.name}: {error}; name images to validate on with --val") from error
         training = [part.subset(train) for part, (train, _) in zip(parts, held, strict=True)]

@@ -26,7 +26,10 @@ class TrainOptions:
             by quarter turns, flips and color, for guides too slow to run at every step.
         mpp: microns per pixel to train at.
         exposure: bring every image to one exposure first.
-        patch_px: side of a training patch, in pixels at that resolution.
+        patch_px: side of a training patch, in pixels at that resolution, a multiple of 32; of smaller patches the same
+            time makes more steps.
+        context_px: what a live guide sees around each patch, on every side; a multiple of 32. A guide that resizes
+            what it sees gets the patch alone.
         epochs: after each one the model is validated.
         steps_per_epoch: batches in an epoch; where not given, one pass over the images.
         batch: patches in a batch.
@@ -52,7 +55,8 @@ class TrainOptions:
     latents: str = "live"
     mpp: float = 0.5
     exposure: bool = False
-    patch_px: int = 256
+    patch_px: int = 128
+    context_px: int = 64
     epochs: int = 20
     steps_per_epoch: int | None = None
     batch: int = 8
@@ -73,3 +77,6 @@ class TrainOptions:
         for name in ("epochs", "batch", "patch_px", "lr", "mpp", "width"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("patch_px", "context_px"):         # the coarsest stride of networks and guides
+            if getattr(self, name) < 0 or getattr(self, name) % 32:
+                raise UserError(f"{name} must be a multiple of 32, not {getattr(self, name)}")

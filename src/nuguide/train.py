@@ -77,7 +77,7 @@ class Training(lightning.LightningModule):
     def training_step(self, batch: Batch, _index: int) -> Tensor:
         # drop-out's draws depend on the seed and the step alone, so a resumed run equals an unbroken one
         torch.manual_seed(self.options.seed * 1_000_003 + self.global_step)
-        logits = self(batch.image, batch.latent)
+        logits = self(*seen(batch, self.frozen[0]))
         heads = logits if isinstance(logits, list) else [logits]
         loss = torch.stack([dice_focal(head, batch.target) for head in heads]).mean()
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
@@ -107,6 +107,20 @@ class Training(lightning.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def seen(batch: Batch, guide: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+    """The patches of a batch and, where there is a guide, their latents, of the whole images where not cached."""
+    size = batch.target.shape[-1]
+    around = (batch.image.shape[-1] - size) // 2
+    patches = batch.image[..., around : around + size, around : around + size]
+    if guide is None or batch.latent is not None or not around:
+        return patches, batch.latent
+    with torch.no_grad():
+        latent = guide(batch.image.contiguous(memory_format=torch.channels_last))
+    stride = batch.image.shape[-1] // latent.shape[-1]
+    cells = slice(around // stride, (around + size) // stride)
+    return patches, latent[..., cells, cells]
 
 
 class KeepBest(Callback):
@@ -261,8 +275,9 @@ def loaders(
     cache = pool = None
     if guide is not None and options.latents == "cached":
         cache, pool = LatentCache(out / "latents", LATENTS_MAX_BYTES), options.patch_px // 16
+    around = 0 if guide is None or cache is not None or guide.image_px is not None else options.context_px
     patches = Patches(
-        train, options.patch_px, options.augmentation, options.seed, options.balance, guide, cache, pool
+        train, options.patch_px, options.augmentation, options.seed, options.balance, guide, cache, pool, around
     )
     steps = options.steps_per_epoch or math.ceil(len(train) / options.batch)
     return (

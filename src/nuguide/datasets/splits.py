@@ -15,6 +15,8 @@ import numpy as np
 from nuguide.datasets.dataset import Dataset
 from nuguide.types import UserError
 
+DRAWS = 200                 # among which a representative part is sought
+
 
 @dataclass(frozen=True, order=True)
 class Member:
@@ -59,13 +61,17 @@ def grouped_folds(groups: Sequence[str], folds: int, seed: int) -> list[tuple[li
     return [_divide(groups, {group for group in fold_of if fold_of[group] == fold}) for fold in range(folds)]
 
 
-def hold_out(groups: Sequence[str], held: float | Collection[str], seed: int = 0) -> tuple[list[int], list[int]]:
+def hold_out(
+    groups: Sequence[str], held: float | Collection[str], seed: int = 0, like: Sequence[float] | None = None
+) -> tuple[list[int], list[int]]:
     """(train, held) indices, no group on both sides.
 
     Args:
         held: the names of the groups to hold out, or a fraction of the images in (0, 1): groups are then taken in an
             order that the seed draws, each where it brings the count nearer to the fraction; at least one is held and
             one is not.
+        like: a value of each image, such as the share of its area that nuclei cover. Of `DRAWS` draws, that one is
+            taken in which the held images' values are distributed most like all images' (least Wasserstein distance).
 
     Raises ValueError for a name that is no group, a fraction outside (0, 1), or where one side would be empty.
     """
@@ -76,7 +82,11 @@ def hold_out(groups: Sequence[str], held: float | Collection[str], seed: int = 0
         if unknown := sorted(names - set(groups)):
             raise ValueError(f"unknown groups {', '.join(unknown)}; choose from {', '.join(sorted(set(groups)))}")
     else:
-        names = _draw_fraction(groups, held, np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        names = _draw_fraction(groups, held, rng)
+        if like is not None:
+            draws = [names, *(_draw_fraction(groups, held, rng) for _ in range(DRAWS - 1))]
+            names = min(draws, key=lambda drawn: _distance(groups, drawn, like))
     train, val = _divide(groups, names)
     if not train or not val:
         raise ValueError(f"holding out {len(names)} of {len(set(groups))} groups leaves one side without images")
@@ -98,6 +108,13 @@ def _draw_fraction(groups: Sequence[str], fraction: float, rng: np.random.Genera
     if len(chosen) == len(drawn):
         chosen.remove(drawn[-1])
     return chosen or set(drawn[:1])
+
+
+def _distance(groups: Sequence[str], held: Collection[str], values: Sequence[float]) -> float:
+    """The Wasserstein distance between the values of the held images and of all, by 101 quantiles."""
+    places = np.linspace(0, 1, 101)
+    chosen = [value for group, value in zip(groups, values, strict=True) if group in held]
+    return float(np.abs(np.quantile(chosen, places) - np.quantile(values, places)).mean())
 
 
 def _draw_order(groups: Sequence[str], rng: np.random.Generator) -> list[str]:

@@ -344,7 +344,9 @@ def test_a_full_disk_is_reported_and_leaves_no_half_written_file(tmp_path, monke
     said = "not written (No space left on device); free some space or write elsewhere"
     assert outcome.failed == [f"{tmp_path / 'out' / 'a.geojson'}: {said}"]
     assert [row.name for row in outcome.rows] == ["b"]
-    assert names(tmp_path / "out") == ["b.csv", "b.geojson", "summary.csv"]
+    assert names(tmp_path / "out") == ["a.csv", "b.csv", "b.geojson", "summary.csv"]       # a.csv is whole
+    monkeypatch.undo()
+    assert run(files, tmp_path / "out", formats=["geojson", "csv"]).skipped == 1             # and a is done again
 
 
 def test_a_summary_that_cannot_be_written_is_reported(tmp_path, monkeypatch):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from nuguide import machine
 from nuguide.networks import build_network, fold_batch_norm
-from nuguide.networks.int8 import InputRanges, Int8Conv, int8_available, quantizable, to_int8
+from nuguide.networks.int8 import InputRanges, Int8Conv, int8_available, quantizable, quantized, to_int8
 from nuguide.types import UserError
 
 pytestmark = pytest.mark.skipif(not int8_available(), reason="this build of torch has no oneDNN")
@@ -58,8 +60,46 @@ def test_a_network_in_8_bits_keeps_its_probabilities_within_a_few_percent(name: 
 def test_a_convolution_without_a_range_stays_as_it_is() -> None:
     network = fold_batch_norm(build_network("unet", 2, width=4).eval())
     to_int8(network, {"encoder.levels.0.1": (0.0, 1.0)})
-    changed = [name for name, unit in quantizable(network).items() if isinstance(unit.conv, Int8Conv)]
+    changed = [name for name, place in quantizable(network).items() if isinstance(getattr(*place), Int8Conv)]
     assert changed == ["encoder.levels.0.1"]
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_steps_are_what_the_formula_says_in_any_layout(memory: torch.memory_format) -> None:
+    x = (torch.arange(-12, 12).float() / 4).view(1, 2, 3, 4).contiguous(memory_format=memory)
+    steps = quantized(x, 0.32, 3)                     # no multiple of half a step
+    assert steps.dtype == torch.uint8
+    assert torch.equal(steps, ((x / 0.32).round() + 3).clamp(0, 255).to(torch.uint8))
+
+
+def note(kinds: set, _: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+    kinds.add(inputs[0].dtype)
+
+
+def test_maps_between_convolutions_stay_in_8_bits_where_both_know_their_range() -> None:
+    torch.manual_seed(0)
+    network = build_network("eunet3plus", 2, width=4).eval()
+    image = torch.rand(1, 3, 64, 64) * 255
+    with torch.inference_mode():
+        with InputRanges(network) as seen:
+            network(image)
+        kinds: dict[str, set] = {}
+        to_int8(fold_batch_norm(network), seen.ranges)
+        for name, part in network.named_modules():
+            if isinstance(part, Int8Conv):
+                part.register_forward_pre_hook(partial(note, kinds.setdefault(name, set())))
+        network(image)
+    stays = {
+        name for name, seen_kinds in kinds.items()
+        if seen_kinds == {torch.uint8} and not name.endswith(("value", "gate"))    # which share what they take in
+    }
+    assert stays == {"head", *(f"merges.{level}.conv" for level in range(4))}
+    # a merge that keeps its floats leaves its skips theirs
+    network = fold_batch_norm(build_network("eunet3plus", 2, width=4).eval())
+    to_int8(network, {name: span for name, span in seen.ranges.items() if name != "merges.1"})
+    parts = dict(network.named_modules())
+    assert parts["skips.1.1.conv"].out_scale is None
+    assert parts["skips.2.2.conv"].out_scale == parts["merges.2.conv"].scale
 
 
 def test_int8_is_taken_where_it_is_fastest_and_refused_without_ranges(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -186,15 +187,18 @@ def segment_file(
 
 
 def write_results(nuclei: Nuclei, image: Image, stem: Path, formats: Sequence[str]) -> None:
-    """Every asked-for format of the results of one image, as `stem` plus its ending."""
+    """Every asked-for format of the results of one image, as `stem` plus its ending; all at a time, for most of the
+    work is compression, which threads share.
+    """
     writers: dict[str, Callable[[Path], object]] = {
         "labels": nuclei.to_labels,
         "geojson": lambda path: nuclei.to_geojson(path, image_name=stem.name),
         "csv": nuclei.to_csv,
         "overlay": lambda path: nuclei.to_overlay(path, image.image_rgb),
     }
-    for name in formats:
-        writers[name](result_path(stem, name))
+    with ThreadPoolExecutor(max(len(formats), 1)) as pool:
+        for writing in [pool.submit(writers[name], result_path(stem, name)) for name in formats]:
+            writing.result()
 
 
 def result_path(stem: Path, format_name: str) -> Path:

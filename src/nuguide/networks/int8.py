@@ -1,8 +1,9 @@
 """Convolutions in 8-bit integers, for processors that multiply those several times faster than floats.
 
 Weights are quantized per output channel, symmetric; activations per tensor, on a range measured once on training
-images and kept with the model. The range is fixed, so a tile's result depends on nothing but the tile. The kernels are
-oneDNN's, as torch's own compiler calls them.
+images and kept with the model. The range is fixed, so a tile's result depends on nothing but the tile. Where one
+convolution's output is another's input, it stays in 8 bits in between. The kernels are oneDNN's, as torch's own
+compiler calls them.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .blocks import ConvUnit, UpConvUnit
+from .blocks import ConvUnit, GatedConv, SegmentationNetwork, UpConvUnit
+from .unet3plus import UNet3Plus
 
-Ranges = dict[str, tuple[float, float]]      # of the input of each convolution, by the name of its unit
+Ranges = dict[str, tuple[float, float]]      # of the input of each convolution, by the name of its unit or head
 
 
 def int8_available() -> bool:
@@ -23,10 +25,31 @@ def int8_available() -> bool:
     return hasattr(torch.ops.onednn, "qconv2d_pointwise") and torch.backends.mkldnn.is_available()
 
 
-class Int8Conv(nn.Module):
-    """A 3x3 convolution, with ReLU if asked, of 8-bit inputs and weights: float32 (B, C, H, W) in and out.
+def quantized(x: Tensor, scale: float, zero: int) -> Tensor:
+    """round(x / scale) + zero, clipped to 0..255: uint8 of the same shape and memory layout."""
+    with warnings.catch_warnings():
+        # torch 2.13 announces a successor; it has no other way yet that quantizes in one pass
+        warnings.simplefilter("ignore", UserWarning)
+        steps = torch.quantize_per_tensor(x, scale, zero, torch.quint8)
+    return torch.empty(0, dtype=torch.uint8).set_(steps.untyped_storage(), 0, x.shape, steps.stride())
 
-    y = ReLU(s_x s_w (q_x - z) * q_w + b), q_x = round(x / s_x) + z clipped to 0..255, q_w in -127..127.
+
+class Quantize(nn.Module):
+    """`quantized` as a layer: float32 in, uint8 of the same shape out. With `zero` 0 it does what ReLU does, too."""
+
+    def __init__(self, scale: float, zero: int = 0):
+        super().__init__()
+        self.scale, self.zero = scale, zero
+
+    def forward(self, x: Tensor) -> Tensor:
+        return quantized(x, self.scale, self.zero)
+
+
+class Int8Conv(nn.Module):
+    """A convolution, with ReLU if asked, of 8-bit inputs and weights: (B, C, H, W) in and out, both float32.
+
+    y = ReLU(s_x s_w (q_x - z) * q_w + b), q_x = round(x / s_x) + z clipped to 0..255, q_w in -127..127. What comes in
+    as uint8 is taken for q_x. With `out_scale` s_y, for ReLU only, uint8 goes out: round(y / s_y) clipped to 0..255.
 
     Args:
         conv: with the batch norm folded in. low, high: the range of its inputs; what lies beyond is clipped.
@@ -38,33 +61,38 @@ class Int8Conv(nn.Module):
         self.scale = (high - low) / 255
         self.zero = round(-low / self.scale)
         self.relu = "relu" if relu else "none"
+        self.out_scale: float | None = None
         weight = conv.weight.detach()
         scales = weight.abs().amax((1, 2, 3)).clamp_min(1e-12) / 127
         self.scales, self.zeros = scales, torch.zeros(len(scales), dtype=torch.int32)
         self.bias = None if conv.bias is None else conv.bias.detach()
         self.shape = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        quantized = (weight / scales[:, None, None, None]).round().to(torch.int8)
-        self.packed = torch.ops.onednn.qconv_prepack(quantized, scales, self.scale, self.zero, *self.shape, None)
+        steps = (weight / scales[:, None, None, None]).round().to(torch.int8)
+        self.packed = torch.ops.onednn.qconv_prepack(steps, scales, self.scale, self.zero, *self.shape, None)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        with warnings.catch_warnings():
-            # torch 2.13 announces a successor; it has no other way yet that quantizes in one pass
-            warnings.simplefilter("ignore", UserWarning)
-            quantized = torch.quantize_per_tensor(x, self.scale, self.zero, torch.quint8).int_repr()
+        if x.dtype != torch.uint8:
+            x = quantized(x, self.scale, self.zero)
+        kind = torch.float32 if self.out_scale is None else torch.uint8
         return torch.ops.onednn.qconv2d_pointwise(
-            *(quantized, self.scale, self.zero, self.packed, self.scales, self.zeros, self.bias, *self.shape),
-            *(1.0, 0, torch.float32, self.relu, [], ""),
+            *(x, self.scale, self.zero, self.packed, self.scales, self.zeros, self.bias, *self.shape),
+            *(self.out_scale or 1.0, 0, kind, self.relu, [], ""),
         )
 
 
-def quantizable(module: nn.Module) -> dict[str, ConvUnit]:
-    """The units whose convolution can run in 8 bits, by name: all but those that are computed before enlarging."""
-    return {
-        name: unit
-        for name, unit in module.named_modules()
-        if isinstance(unit, ConvUnit) and not (isinstance(unit, UpConvUnit) and unit.scale >= 4)
-    }
+def quantizable(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The convolutions that can run in 8 bits, as (owner, attribute), by the name of their unit or head.
+
+    Those that are computed before enlarging are no convolutions then, and stay in floats.
+    """
+    found: dict[str, tuple[nn.Module, str]] = {}
+    for name, part in module.named_modules():
+        if isinstance(part, ConvUnit) and not (isinstance(part, UpConvUnit) and part.scale >= 4):
+            found[name] = (part, "conv")
+        elif isinstance(part, SegmentationNetwork):
+            found[f"{name}.head".removeprefix(".")] = (part, "head")
+    return found
 
 
 class InputRanges:
@@ -73,7 +101,8 @@ class InputRanges:
     def __init__(self, module: nn.Module):
         self.ranges: Ranges = {}
         self.hooks = [
-            unit.conv.register_forward_pre_hook(partial(self.see, name)) for name, unit in quantizable(module).items()
+            getattr(owner, attribute).register_forward_pre_hook(partial(self.see, name))
+            for name, (owner, attribute) in quantizable(module).items()
         ]
 
     def see(self, name: str, _: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -92,11 +121,45 @@ class InputRanges:
 
 def to_int8(module: nn.Module, ranges: Ranges) -> nn.Module:
     """Replace, in place, every convolution with a known range by `Int8Conv`, its ReLU with it; batch norm is folded."""
-    for name, unit in quantizable(module).items():
+    for name, (owner, attribute) in quantizable(module).items():
         if name not in ranges:
             continue
-        relu = isinstance(unit.activation, nn.ReLU)
-        unit.conv = Int8Conv(unit.conv, *ranges[name], relu=relu)  # pyright: ignore[reportAttributeAccessIssue]
+        relu = isinstance(getattr(owner, "activation", None), nn.ReLU)
+        conv = getattr(owner, attribute)
+        if isinstance(conv, GatedConv):
+            value, gate = (Int8Conv(half, *ranges[name], relu=False) for half in (conv.value, conv.gate))  # pyright: ignore
+            conv.value, conv.gate, conv.enter = value, gate, Quantize(value.scale, value.zero)
+        else:
+            setattr(owner, attribute, Int8Conv(conv, *ranges[name], relu=relu))
         if relu:
-            unit.activation = nn.Identity()
+            owner.activation = nn.Identity()
+    for network in module.modules():
+        if isinstance(network, UNet3Plus):
+            join(network)
     return module
+
+
+def join(network: UNet3Plus) -> None:
+    """Let the decoder's maps stay in 8 bits from the skips to the convolution that merges them, and on to the head."""
+    for row, merge in zip(network.skips, network.merges, strict=True):
+        scale = scale_of_steps(merge.conv)  # pyright: ignore[reportArgumentType]
+        if scale is None or not all(ends_in_relu(unit) for unit in row):  # pyright: ignore
+            continue
+        for unit in row:  # pyright: ignore[reportGeneralTypeIssues]
+            if isinstance(unit.conv, Int8Conv):
+                unit.conv.out_scale = scale
+            else:
+                unit.activation = Quantize(scale)
+    last = network.merges[0].conv
+    if isinstance(last, Int8Conv) and last.relu == "relu":
+        last.out_scale = scale_of_steps(network.head)
+
+
+def scale_of_steps(conv: nn.Module) -> float | None:
+    """The step of a convolution that takes uint8 whose 0 is 0.0, as ReLU's outputs are; None where it does not."""
+    return conv.scale if isinstance(conv, Int8Conv) and conv.zero == 0 else None
+
+
+def ends_in_relu(unit: ConvUnit) -> bool:
+    """Whether nothing but ReLU follows the unit's convolution."""
+    return unit.conv.relu == "relu" if isinstance(unit.conv, Int8Conv) else isinstance(unit.activation, nn.ReLU)

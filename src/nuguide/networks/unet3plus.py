@@ -73,14 +73,12 @@ class UNet3Plus(SegmentationNetwork):
     def decode(self, features: list[Tensor]) -> Tensor:
         *encoded, deepest = features
         maps = [*encoded, self.dropout(deepest)]           # becomes the decoder's from the coarse end
+        finer: list[list[Tensor]] = [[]]                   # at each level, the encoder's finer ones pooled to its size
+        for level in encoded[:-1]:
+            finer.append([F.max_pool2d(x, 2) for x in [*finer[-1], level]])
         for target in reversed(range(4)):
-            parts = []
-            for source, skip in enumerate(self.skips[target]):  # pyright: ignore[reportArgumentType]
-                if source < target:
-                    x = F.max_pool2d(encoded[source], 2 ** (target - source))
-                else:
-                    x = encoded[source] if source == target else maps[source]
-                parts.append(skip(x))
+            sources = [*finer[target], encoded[target], *maps[target + 1 :]]
+            parts = [skip(x) for skip, x in zip(self.skips[target], sources, strict=True)]  # pyright: ignore
             maps[target] = self.merges[target](torch.cat(parts, dim=1))
         logits = self.head(maps[0])
         if not (self.training and len(self.side_heads)):

@@ -19,7 +19,7 @@ from nuguide.types import UserError
 
 PLAIN = ModelSpec("unet", {"width": 1}, mpp=0.4, tile_px=128, origin={"trained_on": ["drawn tissue"]})
 GUIDED = ModelSpec(
-    "eunet3plus", {"width": 1}, "cross", {"heads": 2}, latent_dropout=0.2, guide="efficientnet_lite0"
+    "eunet3plus", {"width": 1}, "cross", {"heads": 2}, latent_dropout=0.2, levels="all", guide="efficientnet_lite0"
 )
 IMAGE = 255 * torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

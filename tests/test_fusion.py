@@ -18,6 +18,8 @@ from nuguide.fusion import (
     Guided,
     at_grid,
     build_fusion,
+    feature_channels,
+    level_gates,
     within_reach,
 )
 from nuguide.latents import pooled
@@ -217,6 +219,25 @@ def test_guided_returns_the_list_of_a_deeply_supervised_network_in_training() ->
     image, latent = 255 * torch.rand(2, 3, 50, 70), normal(2, G, 4, 5)
     assert [tuple(side.shape) for side in model(image, latent)] == 5 * [(2, 2, 50, 70)]
     assert model.eval()(image, latent).shape == (2, 2, 50, 70)
+
+
+def test_the_features_of_every_network_are_counted() -> None:
+    assert feature_channels(build_network("unet", 2, width=3).train()) == [3, 6, 12, 24, 48]
+    matched = build_network("eunet3plus", 2, width=4, match_width=True)
+    assert feature_channels(matched) == [3, 6, 12, 24, 48]                # round(4 / sqrt 2) = 3
+    assert matched.training
+
+
+def test_gates_at_every_level_scale_each_channel_of_the_finer_features() -> None:
+    torch.manual_seed(0)
+    net = build_network("unet", 2, width=2).eval()
+    gates = level_gates(net, G)
+    assert len(gates) == 4
+    image, latent = 255 * torch.rand(1, 3, 32, 48), normal(1, G, 2, 3)
+    features = net.encode(image)
+    expected = [gate(t, latent) * t for gate, t in zip(gates, features, strict=False)]
+    fusion = Cross(32, G)                                # which changes nothing when fresh
+    assert torch.equal(Guided(net, fusion, gates=gates).eval()(image, latent), net.decode([*expected, features[-1]]))
 
 
 def test_latent_dropout_acts_in_training_only() -> None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .fusion import Guided, build_fusion
+from .fusion import LEVELS, Guided, build_fusion, level_gates
 from .guides import FrozenGuide, load_guide
 from .instances import CHANNELS
 from .networks import build_network
@@ -32,6 +32,7 @@ class ModelSpec:
     Attributes:
         network, network_options: a name of `NETWORKS` and its arguments.
         fusion, fusion_options: a name of `FUSIONS`, or None for a network without a guide. latent_dropout: of `Guided`.
+        levels: one of `LEVELS`: where the guide comes in.
         guide, guide_weights, guide_px: a name of `GUIDES`, the id of its weights, and the side in pixels to which a
             tile is resized for it (None: as it is).
         mpp: microns per pixel the network works at. exposure: whether images are brought to one exposure first.
@@ -46,6 +47,7 @@ class ModelSpec:
     fusion: str | None = None
     fusion_options: dict = field(default_factory=dict)
     latent_dropout: float = 0.0
+    levels: str = "bottleneck"
     guide: str | None = None
     guide_weights: str | None = None
     guide_px: int | None = None
@@ -65,7 +67,10 @@ def build(spec: ModelSpec, guide_channels: int | None = None) -> nn.Module:
     if guide_channels is None:
         raise ValueError("a guided network needs the channels of its guide's latent")
     fusion = build_fusion(spec.fusion, network.bottleneck_channels, guide_channels, **spec.fusion_options)
-    return Guided(network, fusion, spec.latent_dropout)
+    if spec.levels not in LEVELS:
+        raise ValueError(f"unknown levels {spec.levels!r}; choose from {', '.join(LEVELS)}")
+    gates = level_gates(network, guide_channels) if spec.levels == "all" else []
+    return Guided(network, fusion, spec.latent_dropout, gates)
 
 
 def save(folder: Path, model: nn.Module, spec: ModelSpec, dtype: torch.dtype = torch.float32) -> Path:

@@ -8,6 +8,7 @@ Attn(q, k, v) = softmax(q' k / sqrt(d)) v over the pixels as tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
@@ -185,18 +186,44 @@ def build_fusion(name: str, task_channels: int, guide_channels: int, **options) 
     return FUSIONS[name](task_channels, guide_channels, **options)
 
 
+LEVELS = ("bottleneck", "all")
+
+
+def feature_channels(network: SegmentationNetwork) -> list[int]:
+    """The channels of each of a network's features, from finest to coarsest."""
+    training = network.training
+    side = 2 * network.stride
+    with torch.no_grad():
+        features = network.eval().encode(torch.zeros(1, 3, side, side))
+    network.train(training)
+    return [feature.shape[1] for feature in features]
+
+
+def level_gates(network: SegmentationNetwork, guide_channels: int, gate: str = "glu") -> list[nn.Module]:
+    """A `ChannelGate` for each of a network's features but the deepest (the published code's advanced option)."""
+    return [ChannelGate(channels, guide_channels, gate) for channels in feature_channels(network)[:-1]]
+
+
 class Guided(nn.Module):
     """Any encode/decode network, its deepest features fused with a foundation model's latent.
 
     Args:
+        gates: for the finer features, from the finest: each becomes gate(t, g) * t; none where empty.
         latent_dropout: probability, while training, of dropping a channel of the latent, so that the network does not
             come to lean on what the guide says of the few tissues it was trained on.
     """
 
-    def __init__(self, network: SegmentationNetwork, fusion: nn.Module, latent_dropout: float = 0.0):
+    def __init__(
+        self,
+        network: SegmentationNetwork,
+        fusion: nn.Module,
+        latent_dropout: float = 0.0,
+        gates: Iterable[nn.Module] = (),
+    ):
         super().__init__()
         self.network = network
         self.fusion = fusion
+        self.gates = nn.ModuleList(gates)
         self.latent_dropout = nn.Dropout2d(latent_dropout)
 
     def forward(self, image: Tensor, latent: Tensor) -> Tensor:
@@ -204,5 +231,8 @@ class Guided(nn.Module):
         height, width = image.shape[-2:]
         features = self.network.encode(pad_to_stride(image, self.network.stride))
         latent = halved(latent, *features[-1].shape[-2:])
-        features[-1] = self.fusion(features[-1], self.latent_dropout(latent))
+        latent = self.latent_dropout(latent)
+        for level, gate in enumerate(self.gates):
+            features[level] = gate(features[level], latent) * features[level]
+        features[-1] = self.fusion(features[-1], latent)
         return cropped(self.network.decode(features), height, width)

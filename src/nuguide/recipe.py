@@ -18,6 +18,7 @@ class TrainOptions:
         network_options: other arguments of the network, as NAME VALUE pairs, such as activation silu.
         fusion: how the guide comes in: cross, concat, x_gfb, efb; none for no guide.
         fusion_options: other arguments of the fusion, as NAME VALUE pairs.
+        levels: bottleneck fuses the guide with the deepest features alone; all lets it gate the finer ones as well.
         latent_dropout: share of the latent's channels that are dropped while training.
         guide: efficientnet_lite0, sam_vit_b, sam_vit_l, sam_vit_h, medsam or pathosam.
         guide_weights: a file, or random:SEED for the control without knowledge; else the published ones.
@@ -48,6 +49,7 @@ class TrainOptions:
     network_options: dict[str, bool | int | float | str] = field(default_factory=dict)
     fusion: str = "cross"
     fusion_options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    levels: str = "bottleneck"
     latent_dropout: float = 0.2
     guide: str = "efficientnet_lite0"
     guide_weights: str | None = None

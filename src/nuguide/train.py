@@ -320,6 +320,7 @@ def model_spec(
         fusion=None if guide is None else options.fusion,
         fusion_options=options.fusion_options if guide is not None else {},
         latent_dropout=options.latent_dropout if guide is not None else 0.0,
+        levels=options.levels if guide is not None else "bottleneck",
         guide=None if guide is None else options.guide,
         guide_weights=None if guide is None else str(guide.weights_id),
         guide_px=options.guide_px,

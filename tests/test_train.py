@@ -234,6 +234,22 @@ def test_cached_latents_and_deep_supervision_train_too(tmp_path: Path) -> None:
     assert model(image, guide(image)).shape == (1, 2, 40, 50)
 
 
+def test_training_goes_on_from_another_models_weights(run: SimpleNamespace, tmp_path: Path) -> None:
+    # one step at a rate of nearly nothing leaves the weights where they were
+    options = dataclasses.replace(LEARNS, start=str(run.model), epochs=1, steps_per_epoch=1, lr=1e-9)
+    model = fit(drawn(4, 5), run_val := drawn(12), tmp_path / "tuned", options, progress=False)
+    before, after = checkpoint.load(run.model), checkpoint.load(model)
+    learned = dict(before[0].named_parameters())
+    assert all(torch.allclose(p, learned[name], atol=1e-6) for name, p in after[0].named_parameters())
+    facts = after[2].origin["started_from"]
+    assert [part["groups"] for part in facts["trained_on"]] == [["patient0", "patient1", "patient2", "patient3"]]
+    with pytest.raises(UserError, match="no start for this training: network_options is .*width.*4.* there"):
+        fit(drawn(4), run_val, tmp_path / "wide", dataclasses.replace(options, width=8), progress=False)
+    with pytest.raises(UserError, match="was trained on patient3 of drawn, so validating on it says nothing"):
+        fit(drawn(4), drawn(3), tmp_path / "leak", options, progress=False)
+    assert not (tmp_path / "wide").exists()
+
+
 def test_the_guide_sees_around_a_patch_what_it_will_see_around_a_tile() -> None:
     guide = load_guide("efficientnet_lite0")
     (samples,) = drawn(0, size=256)

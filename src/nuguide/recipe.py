@@ -13,6 +13,8 @@ class TrainOptions:
     """How a model is trained. The card of the model that comes with the package names what it changed.
 
     Attributes:
+        start: a model to begin with, by name or folder: training goes on from its weights, on other images or by
+            another recipe. Network, fusion and guide must be as in that model.
         network: unet, unet3plus or eunet3plus.
         width: channels of the network's finest level.
         network_options: other arguments of the network, as NAME VALUE pairs, such as activation silu.
@@ -44,6 +46,7 @@ class TrainOptions:
         device: auto, cpu or cuda.
     """
 
+    start: str | None = None
     network: str = "eunet3plus"
     width: int = 16
     network_options: dict[str, bool | int | float | str] = field(default_factory=dict)

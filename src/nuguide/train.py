@@ -233,6 +233,8 @@ def fit(
             guide = load_guide(options.guide, weights=options.guide_weights, image_px=options.guide_px)
         spec = model_spec(options, guide, train, val)
         model = checkpoint.build(spec, None if guide is None else guide.channels)
+        if options.start is not None:
+            spec = started(model, spec, options.start, guide, val)
     except (ValueError, TypeError) as error:
         raise UserError(f"no model can be built with these options: {error}") from error
     model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -334,6 +336,28 @@ def model_spec(
             "validated_on": facts(val),
         },
     )
+
+
+def started(
+    model: nn.Module, spec: ModelSpec, start: str, guide: FrozenGuide | None, val: Sequence[Dataset]
+) -> ModelSpec:
+    """Give a fresh model the weights of the model `start`; its spec, with where those come from.
+
+    Raises:
+        UserError: that model is of another kind, or was trained on a group that is to be validated on.
+    """
+    known, _, before = checkpoint.load(start, guide)
+    kind = ("network", "network_options", "fusion", "fusion_options", "levels", "guide", "guide_weights", "mpp")
+    if other := [name for name in kind if getattr(before, name) != getattr(spec, name)]:
+        told = ", ".join(f"{name} is {getattr(before, name)!r} there, {getattr(spec, name)!r} here" for name in other)
+        raise UserError(f"{start}: no start for this training: {told}; train with the same")
+    seen = {(part["name"], group) for part in before.origin.get("trained_on", []) for group in part["groups"]}
+    if again := sorted({(d.name, group) for d in val for group in d.groups} & seen):
+        names = ", ".join(f"{group} of {name}" for name, group in again[:4])
+        raise UserError(f"{start}: was trained on {names}, so validating on it says nothing; hold out other groups")
+    model.load_state_dict(known.state_dict())
+    facts = {"model": start, "trained_on": before.origin.get("trained_on"), "options": before.origin.get("options")}
+    return dataclasses.replace(spec, origin=spec.origin | {"started_from": facts})
 
 
 def settled_precision(out: Path, name: str, device: torch.device) -> str:

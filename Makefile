@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
-.PHONY: demo test check tables clean
+.PHONY: demo test check tables reproduce-smoke clean
 
 demo: .venv/core        ## set up and segment two real images with the embedded model
 	.venv/bin/python examples/demo.py
@@ -17,6 +17,9 @@ check: .venv/dev        ## lint and types
 
 tables: .venv/dev       ## write the tables of README and docs from the result files
 	.venv/bin/python benchmarks/report.py
+
+reproduce-smoke: .venv/dev       ## one tiny arm of every table of the papers, on drawn tissue
+	.venv/bin/python benchmarks/smoke.py
 
 clean:
 	rm -rf .venv demo

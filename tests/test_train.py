@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import nuguide
 from conftest import draw_tissue
 from nuguide import checkpoint, train
 from nuguide.batches import Batch, Patches
@@ -275,6 +276,8 @@ def test_a_guides_weights_may_lie_in_any_file(tmp_path: Path) -> None:
         checkpoint.load(model)
     guide = load_guide("efficientnet_lite0", tmp_path / "tuned.pth")
     assert checkpoint.load(model, guide)[1] is guide
+    predictor = nuguide.load(model, guide_weights=tmp_path / "tuned.pth")
+    assert predictor.guide.weights_id == guide.weights_id
 
 
 @pytest.mark.parametrize(

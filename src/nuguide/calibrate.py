@@ -19,7 +19,7 @@ from .networks.int8 import InputRanges, Ranges
 from .predict import Predictor
 
 # thresholds of nucleus and interior, and least areas in square microns, that are tried
-GRID = {"nucleus": (0.4, 0.5, 0.6), "interior": (0.4, 0.5, 0.6), "min_area_um2": (8.0, 14.0)}
+GRID = {"nucleus": (0.4, 0.5, 0.6, 0.7), "interior": (0.4, 0.5, 0.6), "min_area_um2": (8.0, 14.0)}
 
 
 def calibrate(

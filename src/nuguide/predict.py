@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .checkpoint import ModelSpec
+from .guides import load_guide
 from .instances import CHANNELS, Separation, enlarge, separate
 from .machine import choose_arithmetic, choose_device, keep_freed_memory
 from .networks import fold_batch_norm
@@ -220,11 +221,22 @@ def load(
     device: str = "auto",
     precision: str = "auto",
     batch: int = 1,
+    guide_weights: str | Path | None = None,
     **options,
 ) -> Predictor:
     """A model by name or folder, ready to segment: `load("default").segment(image)`.
 
+    Args:
+        guide_weights: a file, where the model was trained with a guide whose weights are not the published ones.
+
     Raises:
-        UserError: there is no such model, or this machine lacks the device.
+        UserError: there is no such model, this machine lacks the device, or the model was trained with other weights
+            of its guide.
     """
-    return Predictor(*checkpoint.load(name), device=device, precision=precision, batch=batch, **options)
+    guide = None
+    if guide_weights is not None:
+        spec = checkpoint.read_spec(checkpoint.model_folder(name))
+        if spec.guide is None:
+            raise UserError(f"{name}: has no guide, so guide_weights cannot be its weights; leave them out")
+        guide = load_guide(spec.guide, weights=guide_weights, image_px=spec.guide_px)
+    return Predictor(*checkpoint.load(name, guide), device=device, precision=precision, batch=batch, **options)

@@ -15,7 +15,7 @@ class TrainOptions:
     Attributes:
         start: a model to begin with, by name or folder: training goes on from its weights, on other images or by
             another recipe. Network, fusion and guide must be as in that model.
-        network: unet, unet3plus or eunet3plus.
+        network: unet, unet3plus, eunet3plus, ddunet, awgunet, asppunet, sharpunet or hovernet.
         width: channels of the network's finest level.
         network_options: other arguments of the network, as NAME VALUE pairs, such as activation silu.
         fusion: how the guide comes in: cross, concat, x_gfb, efb; none for no guide.

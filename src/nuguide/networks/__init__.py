@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from .asppunet import ASPPUNet
+from .awgunet import AWGUNet
 from .blocks import SegmentationNetwork, fold_batch_norm
+from .ddunet import DDUNet
+from .hovernet import HoVerNet
+from .sharpunet import SharpUNet
 from .unet import UNet
 from .unet3plus import eunet3plus, unet3plus
 
@@ -10,6 +15,11 @@ NETWORKS = {
     "unet": UNet,
     "unet3plus": unet3plus,
     "eunet3plus": eunet3plus,
+    "ddunet": DDUNet,
+    "awgunet": AWGUNet,
+    "asppunet": ASPPUNet,
+    "sharpunet": SharpUNet,
+    "hovernet": HoVerNet,
 }
 
 __all__ = ["NETWORKS", "SegmentationNetwork", "build_network", "fold_batch_norm"]

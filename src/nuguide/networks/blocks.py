@@ -47,9 +47,10 @@ class GatedConv(nn.Module):
 
 
 def conv_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
-    """A convolution with the stride and padding of another, and this weight and bias."""
+    """A convolution with the stride, padding and dilation of another, and this weight and bias."""
     made = nn.Conv2d(
-        weight.shape[1], weight.shape[0], conv.kernel_size, conv.stride, conv.padding, bias=bias is not None  # pyright: ignore
+        weight.shape[1], weight.shape[0], conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # pyright: ignore
+        bias=bias is not None,
     )
     made.weight = nn.Parameter(weight.clone(), requires_grad=False)
     made.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
@@ -101,6 +102,43 @@ class UpConvUnit(ConvUnit):
         else:
             y = self.conv(F.interpolate(x, scale_factor=self.scale, mode="bilinear", align_corners=False))
         return self.activation(self.norm(y))
+
+
+class KernelUnit(ConvUnit):
+    """A `ConvUnit` with another kernel: (B, in, H, W) -> (B, out, H / stride, W / stride), rounded up.
+
+    Args:
+        kernel: side of the kernel, odd. dilation: distance between its taps.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, activation: str = "relu", kernel: int = 3, stride: int = 1,
+        dilation: int = 1,
+    ):
+        super().__init__(in_channels, out_channels, activation)
+        self.conv = nn.Conv2d(
+            in_channels, self.conv.out_channels, kernel, stride, dilation * (kernel // 2), dilation, bias=False
+        )
+        if dilation > 1:
+            self.activation = nn.Sequential(self.activation)     # hidden from `GatedConv`, which knows no dilation
+
+
+class PreActivation(nn.Module):
+    """Batch norm and activation of what a convolution takes in (He 2016): (B, C, H, W), the same shape out.
+
+    Under `glu`, value and gate are two scaled and shifted copies of each channel, so that no channel is lost. The batch
+    norm cannot be folded into the convolution before it: others take that convolution's output, too.
+    """
+
+    def __init__(self, channels: int, activation: str = "relu"):
+        super().__init__()
+        made = conv_width(channels, activation)
+        self.copies = made // channels
+        self.norm = nn.BatchNorm2d(made)
+        self.activation = activation_layer(activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.norm(x if self.copies == 1 else torch.cat(self.copies * [x], dim=1)))
 
 
 def enlarged_conv(x: Tensor, weight: Tensor, bias: Tensor | None, scale: int) -> Tensor:

@@ -1,0 +1,126 @@
+"""Result files to tables, Markdown and LaTeX: means and their spread over folds, differences paired by image."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..evaluate import paired
+from .specs import Experiment
+
+METRICS = {"dice": "Dice", "iou": "IoU", "dice_weighted": "Dice, weighted", "iou_weighted": "IoU, weighted",
+           "aji": "AJI", "pq": "PQ"}
+
+
+def only(rows: pd.DataFrame, **values: object) -> pd.DataFrame:
+    """The rows that hold these values in these columns."""
+    kept = [rows[column].to_numpy() == value for column, value in values.items()]
+    return rows.take(np.flatnonzero(np.logical_and.reduce(kept)))
+
+
+def results(out: Path, experiment: Experiment) -> pd.DataFrame:
+    """The image rows of all result files of an experiment: those of `Scores`, and set, arm, fold and seed."""
+    tables = []
+    for arm in experiment.arms:
+        for file in sorted(out.glob(f"*/fold*/{arm.name}.json")):
+            document = json.loads(file.read_text())
+            facts = {name: document["facts"][name] for name in ("arm", "fold", "seed")}
+            tables.append(pd.DataFrame(document["images"]).assign(set=file.parts[-3], **facts))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["set", "arm", "fold", *METRICS])
+
+
+def summary(rows: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
+    """One row an arm and set: the mean over images of each metric, and the deviation of the folds' means.
+
+    Columns: set, arm, title, images, folds, each of `METRICS` and METRIC_sd, printed_dice, printed_iou. The deviation
+    is NaN where there is one fold, the printed figures where none is printed.
+    """
+    lines = []
+    for set_name in sorted(rows["set"].unique()):
+        for arm in experiment.arms:
+            of_arm = only(rows, set=set_name, arm=arm.name)
+            if of_arm.empty:
+                continue
+            line: dict = {"set": set_name, "arm": arm.name, "title": arm.title, "images": len(of_arm)}
+            line["folds"] = of_arm["fold"].nunique()
+            for metric in METRICS:
+                line[metric] = of_arm[metric].mean()
+                means = [only(of_arm, fold=fold)[metric].mean() for fold in of_arm["fold"].unique()]
+                line[f"{metric}_sd"] = np.std(means, ddof=1) if len(means) > 1 else float("nan")
+            printed = experiment.printed.get(arm.name, {}).get(set_name, (None, None))
+            line["printed_dice"], line["printed_iou"] = (float("nan") if p is None else p for p in printed)
+            lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def differences(rows: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
+    """Each arm minus the reference, image by image, on the images that both were tested on.
+
+    Columns: set, arm, title, metric, difference, low, high (95% bootstrap interval), better, worse, n.
+    """
+    lines = []
+    for set_name in sorted(rows["set"].unique()):
+        reference = only(rows, set=set_name, arm=experiment.reference)
+        for arm in experiment.arms:
+            of_arm = only(rows, set=set_name, arm=arm.name)
+            shared = sorted(set(of_arm["id"]) & set(reference["id"]))
+            if arm.name == experiment.reference or not shared:
+                continue
+            pair = [part.take(np.flatnonzero(np.isin(part["id"], shared))) for part in (of_arm, reference)]
+            lines.append(paired(*pair).assign(set=set_name, arm=arm.name, title=arm.title))
+    if not lines:
+        return pd.DataFrame(columns=["set", "arm", "title", "metric", "difference", "low", "high", "better", "worse"])
+    return pd.concat(lines, ignore_index=True)
+
+
+def cell(mean: float, spread: float) -> str:
+    """0.812 or, where there are folds, 0.812 ± 0.021."""
+    return f"{mean:.3f}" if pd.isna(spread) else f"{mean:.3f} ± {spread:.3f}"
+
+
+def markdown(rows: pd.DataFrame, experiment: Experiment) -> str:
+    """The table of an experiment, one part a set, and the paired differences below it."""
+    parts = []
+    table, apart = summary(rows, experiment), differences(rows, experiment)
+    for set_name in table["set"].unique() if len(table) else []:
+        head = ["arm", "images", "folds", *METRICS.values(), "printed Dice", "printed mIoU"]
+        lines = [f"**{set_name}**", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for row in only(table, set=set_name).to_dict("records"):
+            cells = [cell(row[metric], row[f"{metric}_sd"]) for metric in METRICS]
+            printed = ["" if pd.isna(row[name]) else f"{row[name]:.3f}" for name in ("printed_dice", "printed_iou")]
+            lines.append(f"| {' | '.join([row['title'], str(row['images']), str(row['folds']), *cells, *printed])} |")
+        of_set = only(apart, set=set_name)
+        if len(of_set):
+            reference = experiment.arm(experiment.reference).title
+            lines += ["", f"Minus {reference}, image by image:", "", "| arm | Dice | AJI | PQ |", "|---|---|---|---|"]
+            for title in of_set["title"].unique():
+                spans = {
+                    row["metric"]: f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+                    for row in only(of_set, title=title).to_dict("records")
+                }
+                lines.append(f"| {title} | {spans['dice']} | {spans['aji']} | {spans['pq']} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def latex(rows: pd.DataFrame, experiment: Experiment) -> str:
+    """The table as a LaTeX tabular for booktabs: arms down, sets across, Dice and AJI each."""
+    table = summary(rows, experiment)
+    sets = list(table["set"].unique()) if len(table) else []
+    lines = [
+        rf"\begin{{tabular}}{{l{'rr' * len(sets)}}}", r"\toprule",
+        " & ".join(["", *(rf"\multicolumn{{2}}{{c}}{{{name}}}" for name in sets)]) + r" \\",
+        " & ".join(["", *["Dice", "AJI"] * len(sets)]) + r" \\", r"\midrule",
+    ]
+    for arm in experiment.arms:
+        cells = []
+        for set_name in sets:
+            found = only(table, set=set_name, arm=arm.name).to_dict("records")
+            for metric in ("dice", "aji"):
+                text = cell(found[0][metric], found[0][f"{metric}_sd"]) if found else "--"
+                cells.append(text.replace("±", r"$\pm$"))
+        lines.append(" & ".join([arm.title, *cells]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"

@@ -8,7 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from nuguide.augment import STAINS, Augmentation, augment, geometry, jitter_stain, recolor
+from nuguide.augment import Augmentation, augment, geometry, jitter_stain, recolor
+from nuguide.stain import STAINS
 from nuguide.types import Sample
 
 # Only quarter turns, flips and, in an image larger than the patch, the place are left to chance.

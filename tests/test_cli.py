@@ -536,3 +536,33 @@ def test_ctrl_c_while_training_returns_130(tmp_path, out, monkeypatch):
 
     monkeypatch.setattr("nuguide.train.fit", interrupted)
     assert nuguide("train", annotated(tmp_path / "data", 2), "--out", out, "--fusion", "none") == 130
+
+
+def test_folds_are_written_and_leaks_between_their_parts_found(tmp_path, capsys):
+    data = annotated(tmp_path / "data", 6)
+    assert nuguide("data", "folds", data, "--out", tmp_path / "folds", "--folds", 3) == 0
+    assert names(tmp_path / "folds") == ["fold_0.json", "fold_1.json", "fold_2.json"]
+    split = json.loads((tmp_path / "folds" / "fold_0.json").read_text())["parts"]
+    assert (len(split["train"]), len(split["val"])) == (4, 2)
+    assert nuguide("data", "leaks", tmp_path / "folds" / "fold_0.json", data) == 0
+    assert "no leaks" in capsys.readouterr().out
+
+    # a training image, turned, replaces a validation image
+    train, val = (split[part][0]["id"] for part in ("train", "val"))
+    for folder, ending in (("images", "png"), ("labels", "tif")):
+        turned = np.rot90(np.asarray(PIL.Image.open(data / folder / f"{train}.{ending}")))
+        PIL.Image.fromarray(turned).save(data / folder / f"{val}.{ending}")
+    assert nuguide("data", "leaks", tmp_path / "folds" / "fold_0.json", data) == 2      # not the images it names
+    (tmp_path / "folds" / "fold_0.json").unlink()
+    assert nuguide("data", "folds", data, "--out", tmp_path / "folds", "--folds", 3) == 0
+    assert nuguide("data", "leaks", tmp_path / "folds" / "fold_0.json", data) == 1
+    assert f"train: data/{train} " in capsys.readouterr().out
+    assert nuguide("data", "folds", data, "--out", tmp_path / "more", "--folds", 7) == 2
+    assert "6 groups cannot be divided into 7 folds" in capsys.readouterr().err
+
+
+def test_a_set_behind_a_login_is_explained(tmp_path, capsys):
+    assert nuguide("data", "fetch", "monuseg", tmp_path) == 2
+    assert "see https://monuseg.grand-challenge.org/Data" in capsys.readouterr().out
+    assert nuguide("data", "fetch", "imagenet", tmp_path) == 2
+    assert "unknown data set 'imagenet'" in capsys.readouterr().err

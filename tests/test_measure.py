@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from skimage.measure import regionprops
 
-from nuguide.measure import COLUMNS, STAINS_OD, measure, outlines
+from nuguide.measure import COLUMNS, measure, outlines
+from nuguide.stain import STAINS
 
 KULPA = np.pi * (1 + np.sqrt(2)) / 8
 
@@ -128,7 +129,7 @@ def test_fragments_count_for_area_but_the_largest_makes_the_outline():
 
 
 def test_stains_of_known_density():
-    hematoxylin, eosin = STAINS_OD / np.linalg.norm(STAINS_OD, axis=1, keepdims=True)
+    hematoxylin, eosin = STAINS[:2]
     labels = np.repeat([[1, 2, 3, 4]], 2, axis=0).astype(np.int32)
     density = np.stack([0.8 * hematoxylin, 0.5 * eosin, 0.4 * hematoxylin + 0.3 * eosin, 0 * eosin])
     image = np.rint(255 * 10**-density).astype(np.uint8)[labels - 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from nuguide.calibrate import calibrate
 from nuguide.datasets import Dataset, Entry
 from nuguide.guides import FrozenGuide, load_guide
 from nuguide.metrics import dice
+from nuguide.normalize import StainNormalizer
 from nuguide.recipe import TrainOptions
 from nuguide.train import RESUME, KeepBest, Training, fit, note_epoch, seen
 from nuguide.types import Sample, UserError
@@ -266,6 +268,22 @@ def test_the_guide_sees_around_a_patch_what_it_will_see_around_a_tile() -> None:
     assert seen(batch, None)[1] is None
 
 
+@pytest.mark.parametrize("method", ["macenko", "reinhard", "vahadane"])
+def test_stain_is_measured_over_the_training_part_and_applied_at_prediction(method: str, tmp_path: Path) -> None:
+    options = dataclasses.replace(TINY, fusion="none", epochs=1, steps_per_epoch=1, stain=method)
+    model = fit(drawn(0, 1), drawn(2), tmp_path / "out", options, progress=False)
+    predictor = nuguide.load(model)
+    (samples,) = drawn(2)
+    image = samples[0].image_rgb
+    expected = StainNormalizer(method).fit(sample.image_rgb for sample in drawn(0, 1)[0])
+    assert np.array_equal(predictor.prepared(image, 0.5), expected.apply(image))
+    assert not np.array_equal(predictor.prepared(image, 0.5), image)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"stain": {"name": "macenko"}}))
+    with pytest.raises(UserError, match="not a model description"):
+        nuguide.load(model)
+
+
 def test_a_guides_weights_may_lie_in_any_file(tmp_path: Path) -> None:
     # as a fine-tuned guide's do: the run needs them in no cache, and the model asks for these weights and no others
     state = load_guide("efficientnet_lite0").network.state_dict()
@@ -334,6 +352,7 @@ def test_options_that_name_what_there_is_not_are_refused(tmp_path: Path, changes
     ("changes", "says"),
     [
         ({"latents": "frozen"}, "unknown latents 'frozen'; choose from live, cached"),
+        ({"stain": "henna"}, "unknown stain 'henna'; choose from none, macenko, reinhard, vahadane"),
         ({"schedule": "step"}, "unknown schedule 'step'; choose from cosine, constant"),
         ({"batch": 0}, "batch must be positive, not 0"),
         ({"mpp": -1.0}, "mpp must be positive, not -1.0"),

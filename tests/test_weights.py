@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from nuguide import download
 from nuguide.guides import GUIDES, weights
 from nuguide.guides.weights import GuideSpec, cache_dir, find_weights, load_state
 from nuguide.types import UserError
@@ -79,7 +80,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, and no waiting between attempts."""
     monkeypatch.setenv("NUGUIDE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(weights, "PAUSE_S", 0.0)
+    monkeypatch.setattr(download, "PAUSE_S", 0.0)
     return tmp_path / "cache"
 
 
@@ -117,7 +118,7 @@ def test_a_cut_connection_is_resumed_where_it_broke(server: Server, spec: GuideS
 def test_an_interrupted_download_asks_only_for_the_missing_bytes(
     server: Server, spec: GuideSpec, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(weights, "ATTEMPTS", 1)
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
     server.cuts = [99_000]
     with pytest.raises(UserError, match="closed early"):
         find_weights(spec)
@@ -167,8 +168,8 @@ def test_a_server_that_always_hangs_up_is_given_up(server: Server, spec: GuideSp
     server.cuts = [10] * 100
     with pytest.raises(UserError, match="closed early"):
         find_weights(spec)
-    assert len(server.ranges) == weights.ATTEMPTS
-    assert (cache / "toy.pth.part").stat().st_size == 10 * weights.ATTEMPTS
+    assert len(server.ranges) == download.ATTEMPTS
+    assert (cache / "toy.pth.part").stat().st_size == 10 * download.ATTEMPTS
 
 
 def test_a_busy_server_is_asked_again_and_a_refusal_is_final(server: Server, spec: GuideSpec, cache: Path):
@@ -185,7 +186,7 @@ def test_without_a_server_the_error_says_what_to_put_where(
     spec: GuideSpec, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
     offline = replace(spec, url="http://127.0.0.1:9/toy.pth")            # the discard port: nobody listens
-    monkeypatch.setattr(weights.time, "sleep", lambda seconds: pytest.fail("waited for a server that is not there"))
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: pytest.fail("waited for a server that is not there"))
     with pytest.raises(UserError) as caught:
         find_weights(offline)
     for fact in ("toy", offline.url, "100000 bytes", offline.sha256, str(cache / "toy.pth"), "weights=FILE"):
@@ -236,7 +237,7 @@ def test_a_full_disk_is_named(server: Server, spec: GuideSpec, cache: Path, monk
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
     with Path("/dev/full").open("wb", buffering=0) as full:
-        monkeypatch.setattr(weights, "_writable", lambda part, mode: full)
+        monkeypatch.setattr(download, "_writable", lambda part, mode, file: full)
         with pytest.raises(UserError, match="No space left") as caught:
             find_weights(spec)
     assert "NUGUIDE_CACHE" in str(caught.value)

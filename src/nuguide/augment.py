@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-# optical density of hematoxylin, eosin and residual (Ruifrok & Johnston 2001), rows of unit length
-STAINS = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]], np.float32)
-STAINS /= np.linalg.norm(STAINS, axis=1, keepdims=True)
+from .stain import DENSITY, STAINS
 
 
 @dataclass(frozen=True)
@@ -109,6 +107,5 @@ def jitter_stain(image_rgb: np.ndarray, rng: np.random.Generator, spread: float,
     scale = rng.uniform(1 - spread, 1 + spread, 3)
     base = rng.uniform(-shift, shift, 3)
     matrix = np.linalg.inv(STAINS) @ np.diag(scale) @ STAINS
-    density = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)[image_rgb]
-    density = cv2.transform(density, np.column_stack([matrix.T, base @ STAINS]).astype(np.float32))
+    density = cv2.transform(DENSITY[image_rgb], np.column_stack([matrix.T, base @ STAINS]).astype(np.float32))
     return np.clip(np.rint(256 * np.exp(-density) - 1), 0, 255).astype(np.uint8)

@@ -16,6 +16,7 @@ from .augment import Augmentation, augment, recolor
 from .guides import FrozenGuide
 from .instances import targets
 from .latents import LatentCache
+from .normalize import StainNormalizer
 from .resample import resampled_size, resize_image, resize_labels
 from .stain import exposed
 from .types import Sample
@@ -42,12 +43,15 @@ class Picture:
     labels: np.ndarray
 
 
-def picture(sample: Sample, mpp: float, exposure: bool = False) -> Picture:
-    """The sample at `mpp` microns per pixel, brought to one exposure if asked."""
+def picture(
+    sample: Sample, mpp: float, exposure: bool = False, stain: StainNormalizer | None = None
+) -> Picture:
+    """The sample at `mpp` microns per pixel, brought to one exposure and one stain if asked."""
     size = resampled_size(sample.labels.shape, sample.mpp, mpp)  # pyright: ignore[reportArgumentType]
     labels = resize_labels(sample.labels, size).astype(np.int32)
     image = resize_image(sample.image_rgb, size)
-    return Picture(sample.id, sample.group, exposed(image) if exposure else image, labels)
+    image = exposed(image) if exposure else image
+    return Picture(sample.id, sample.group, image if stain is None else stain.apply(image), labels)
 
 
 def drawing_weights(groups: Sequence[str], balance: float) -> np.ndarray:

@@ -19,6 +19,7 @@ from .fusion import LEVELS, Guided, build_fusion, level_gates
 from .guides import FrozenGuide, load_guide
 from .instances import CHANNELS
 from .networks import build_network
+from .normalize import StainNormalizer
 from .types import UserError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -36,6 +37,7 @@ class ModelSpec:
         guide, guide_weights, guide_px: a name of `GUIDES`, the id of its weights, and the side in pixels to which a
             tile is resized for it (None: as it is).
         mpp: microns per pixel the network works at. exposure: whether images are brought to one exposure first.
+        stain: of `normalize.StainNormalizer`, measured over the training images; empty where they stayed as they were.
         tile_px: side of the tiles it was trained on.
         separation: arguments of `instances.Separation`, chosen on validation images.
         int8_ranges: of the inputs of its convolutions, for `networks.int8`; empty where they were not measured.
@@ -53,6 +55,7 @@ class ModelSpec:
     guide_px: int | None = None
     mpp: float = 0.5
     exposure: bool = False
+    stain: dict = field(default_factory=dict)
     tile_px: int = 256
     separation: dict[str, float] = field(default_factory=dict)
     int8_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -150,7 +153,10 @@ def model_folder(name: str | Path) -> Path:
 def read_spec(folder: Path) -> ModelSpec:
     """The spec in a model folder; raises UserError where it is no valid one."""
     try:
-        return ModelSpec(**json.loads((folder / CONFIG).read_text()))
+        spec = ModelSpec(**json.loads((folder / CONFIG).read_text()))
+        if spec.stain:
+            StainNormalizer.from_dict(spec.stain)       # refused here, not at the first image
+        return spec
     except (ValueError, TypeError, OSError) as error:
         raise UserError(f"{folder / CONFIG}: not a model description ({error}); train the model again") from error
 

@@ -12,6 +12,8 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from .stain import STAINS
+
 COLUMNS = (
     "id",
     "centroid_x_px",
@@ -26,10 +28,6 @@ COLUMNS = (
     "eosin_od",
     "probability",
 )
-
-# Optical density of hematoxylin and of eosin in red, green and blue (Ruifrok and Johnston, Anal Quant Cytol Histol 23,
-# 2001, in the digits of scikit-image). The third color is what is left over, at right angles to both.
-STAINS_OD = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])
 
 _OPTICAL_DENSITY = -np.log10(np.maximum(np.arange(256), 1) / 255).astype(np.float32)
 
@@ -49,8 +47,9 @@ def measure(
     * eccentricity: of the ellipse with the same second moments, each pixel a unit square (its own variance, 1/12,
       included, so that a single pixel has 0): 0 for a disk, towards 1 for a line.
     * solidity: area inside the outline over the area of its convex hull.
-    * hematoxylin_od, eosin_od: mean optical density, -log10(max(value, 1) / 255), unmixed with `STAINS_OD`. Unmixing is
-      linear and not clipped, so a mean can be slightly below 0.
+    * hematoxylin_od, eosin_od: mean optical density, -log10(max(value, 1) / 255), unmixed with `STAINS`; the
+      third color is what is left over, at right angles to both. Unmixing is linear and not clipped, so a mean can be
+      slightly below 0.
     * probability: mean over the nucleus.
 
     Args:
@@ -170,7 +169,7 @@ def _moments(runs: _Runs) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarra
 
 def _stains(image_rgb: np.ndarray, runs: _Runs) -> np.ndarray:
     """(n, 2) mean optical density of hematoxylin and eosin. The mean is taken first: unmixing is linear."""
-    stains = STAINS_OD / np.linalg.norm(STAINS_OD, axis=1, keepdims=True)
+    stains = STAINS[:2]
     rest = np.cross(*stains)
     unmix = np.linalg.inv(np.stack([*stains, rest / np.linalg.norm(rest)]))[:, :2]
     values = image_rgb.reshape(-1, 3)[runs.pixels]

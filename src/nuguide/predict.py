@@ -18,6 +18,7 @@ from .instances import CHANNELS, Separation, enlarge, separate
 from .machine import choose_arithmetic, choose_device, keep_freed_memory
 from .networks import fold_batch_norm
 from .networks.int8 import to_int8
+from .normalize import StainNormalizer
 from .nuclei import Nuclei
 from .resample import resampled_size, resize_image, resize_map
 from .stain import exposed
@@ -72,6 +73,7 @@ class Predictor:
         if guide is not None:
             self.guide = fold_batch_norm(guide.eval()).to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.spec = spec
+        self.stain = StainNormalizer.from_dict(spec.stain) if spec.stain else None
         self.tile_px = tile_px or (spec.tile_px if guide is not None and resizes(guide) else TILE_PX)
         self.batch, self.overlap_px = batch, overlap_px
         self.separation = separation or Separation(**spec.separation)
@@ -109,9 +111,10 @@ class Predictor:
         return Nuclei.found(fine, image_rgb, resize_map(nucleus, fine.shape), mpp)  # pyright: ignore[reportArgumentType]
 
     def prepared(self, image_rgb: np.ndarray, mpp: float) -> np.ndarray:
-        """The image (H, W, 3) uint8 as the network wants it: at its resolution, and exposed as in its training."""
+        """The image (H, W, 3) uint8 as the network wants it: at its resolution, exposure and stain."""
         small = resize_image(image_rgb, resampled_size(image_rgb.shape[:2], mpp, self.spec.mpp))
-        return exposed(small) if self.spec.exposure else small
+        small = exposed(small) if self.spec.exposure else small
+        return small if self.stain is None else self.stain.apply(small)
 
     def probabilities(
         self, image_rgb: np.ndarray, progress: Callable[[int, int], None] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .augment import Augmentation
+from .normalize import METHODS
 from .types import UserError
 
 
@@ -29,6 +30,8 @@ class TrainOptions:
             by quarter turns, flips and color, for guides too slow to run at every step.
         mpp: microns per pixel to train at.
         exposure: bring every image to one exposure first.
+        stain: macenko, reinhard or vahadane brings every image to the stain of the training images, measured over them
+            and kept in the model; none.
         patch_px: side of a training patch, in pixels at that resolution, a multiple of 32; of smaller patches the same
             time makes more steps.
         context_px: what a live guide sees around each patch, on every side; a multiple of 32. A guide that resizes
@@ -60,6 +63,7 @@ class TrainOptions:
     latents: str = "live"
     mpp: float = 0.5
     exposure: bool = False
+    stain: str = "none"
     patch_px: int = 128
     context_px: int = 64
     epochs: int = 20
@@ -76,7 +80,8 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         for name, value, choices in (("latents", self.latents, ("live", "cached")),
-                                     ("schedule", self.schedule, ("cosine", "constant"))):
+                                     ("schedule", self.schedule, ("cosine", "constant")),
+                                     ("stain", self.stain, ("none", *METHODS))):
             if value not in choices:
                 raise UserError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
         for name in ("epochs", "batch", "patch_px", "lr", "mpp", "width"):

@@ -1,9 +1,16 @@
-"""Bringing images from different scanners to one appearance."""
+"""The colors of stains, and bringing images from different scanners to one exposure."""
 
 from __future__ import annotations
 
 import cv2
 import numpy as np
+
+# Optical density of hematoxylin, eosin and residual in red, green and blue (Ruifrok and Johnston, Anal Quant Cytol
+# Histol 23, 2001, in the digits of scikit-image), rows of unit length
+STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+STAINS /= np.linalg.norm(STAINS, axis=1, keepdims=True)
+
+DENSITY = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)  # natural optical density of an 8-bit value
 
 BRIGHT = 240.0            # where the brightest parts of a well exposed slide lie, of 255
 MOST_GAIN = 2.5

@@ -34,7 +34,9 @@ from .latents import LatentCache
 from .losses import dice_focal
 from .machine import choose_device, choose_precision, keep_freed_memory
 from .metrics import dice
+from .normalize import StainNormalizer
 from .recipe import TrainOptions
+from .resample import resampled_size, resize_image
 from .types import UserError
 
 RESUME = "last.ckpt"
@@ -190,12 +192,14 @@ def one_image(batch: list[Picture]) -> tuple[Tensor, np.ndarray]:
     return torch.from_numpy(drawn.image_rgb.copy()).permute(2, 0, 1)[None].float(), drawn.labels
 
 
-def pictures_of(datasets: Sequence[Dataset], mpp: float, exposure: bool = False) -> list[Picture]:
-    """All samples at one resolution, and exposure if asked; groups and ids carry the name of their data set."""
+def pictures_of(
+    datasets: Sequence[Dataset], mpp: float, exposure: bool = False, stain: StainNormalizer | None = None
+) -> list[Picture]:
+    """All samples at one resolution, exposure and stain if asked; groups and ids carry the name of their data set."""
     return [
         dataclasses.replace(p, id=f"{dataset.name}/{p.id}", group=f"{dataset.name}/{p.group}")
         for dataset in datasets
-        for p in (picture(sample, mpp, exposure) for sample in dataset)
+        for p in (picture(sample, mpp, exposure, stain) for sample in dataset)
     ]
 
 
@@ -231,7 +235,8 @@ def fit(
     try:
         if options.fusion != "none":
             guide = load_guide(options.guide, weights=options.guide_weights, image_px=options.guide_px)
-        spec = model_spec(options, guide, train, val)
+        stain = fitted_stain(options, train)
+        spec = model_spec(options, guide, train, val, stain)
         model = checkpoint.build(spec, None if guide is None else guide.channels)
         if options.start is not None:
             spec = started(model, spec, options.start, guide, val)
@@ -239,7 +244,7 @@ def fit(
         raise UserError(f"no model can be built with these options: {error}") from error
     model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     last = prepare_folder(out, options, resume)
-    pictures, unseen = (pictures_of(part, options.mpp, options.exposure) for part in (train, val))
+    pictures, unseen = (pictures_of(part, options.mpp, options.exposure, stain) for part in (train, val))
     loader, held = loaders(pictures, unseen, out, guide, options)
     with lightning_quiet():
         trainer = lightning.Trainer(
@@ -305,8 +310,24 @@ def lightning_quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def fitted_stain(options: TrainOptions, train: Sequence[Dataset]) -> StainNormalizer | None:
+    """The stain of the training images at the model's resolution, or None where it is to be left as it is."""
+    if options.stain == "none":
+        return None
+    images = (
+        resize_image(sample.image_rgb, resampled_size(sample.labels.shape, sample.mpp, options.mpp))  # pyright: ignore
+        for part in train
+        for sample in part
+    )
+    return StainNormalizer(options.stain).fit(images)
+
+
 def model_spec(
-    options: TrainOptions, guide: FrozenGuide | None, train: Sequence[Dataset], val: Sequence[Dataset]
+    options: TrainOptions,
+    guide: FrozenGuide | None,
+    train: Sequence[Dataset],
+    val: Sequence[Dataset],
+    stain: StainNormalizer | None = None,
 ) -> ModelSpec:
     """The spec of the model that these options make, with where it comes from."""
     from . import __version__
@@ -328,6 +349,7 @@ def model_spec(
         guide_px=options.guide_px,
         mpp=options.mpp,
         exposure=options.exposure,
+        stain={} if stain is None else stain.to_dict(),
         tile_px=options.patch_px,
         origin={
             "code": f"nuguide {__version__}, torch {torch.__version__}",

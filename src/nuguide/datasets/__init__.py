@@ -7,11 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nuguide.datasets.conic import read_conic
 from nuguide.datasets.cryonuseg import read_cryonuseg
 from nuguide.datasets.dataset import Dataset, Entry
+from nuguide.datasets.dsb2018 import read_dsb2018
 from nuguide.datasets.folder import read_folder
+from nuguide.datasets.lizard import read_lizard
+from nuguide.datasets.monuseg import read_monuseg
 from nuguide.datasets.nuinsseg import read_nuinsseg
-from nuguide.datasets.prepared import read_dsb_he, read_monuseg
+from nuguide.datasets.pannuke import read_pannuke
+from nuguide.datasets.prepared import read_dsb_he
+from nuguide.datasets.qupath import read_qupath
 from nuguide.datasets.tnbc import read_tnbc
 from nuguide.types import UserError
 
@@ -22,6 +28,11 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "cryonuseg": read_cryonuseg,
     "dsb_he": read_dsb_he,
     "monuseg": read_monuseg,
+    "conic": read_conic,
+    "dsb2018": read_dsb2018,
+    "pannuke": read_pannuke,
+    "lizard": read_lizard,
+    "qupath": read_qupath,
 }
 
 __all__ = ["DATASETS", "Dataset", "Entry", "read_dataset"]
@@ -31,7 +42,8 @@ def read_dataset(name: str, root: Path, **options: Any) -> Dataset:
     """The data set `name` of `DATASETS` in the folder `root`; no pixel is read yet.
 
     Args:
-        options: of the reader: `annotator` of cryonuseg, `mpp` of folder. None counts as not given.
+        options: of the reader: `annotator` of cryonuseg, `mpp` of folder and qupath, `part` of monuseg, `fold` of
+            pannuke, `split` of lizard. None counts as not given.
 
     Raises ValueError for an unknown name or option, listing the choices, and UserError where `root` holds
     something else or no image.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from nuguide.datasets.dataset import Dataset, Entry
-from nuguide.datasets.files import load_sample, not_found, pair_by_stem, refuse
+from nuguide.datasets.dataset import Dataset, Entry, sound
+from nuguide.datasets.files import load_sample, not_found, pair_by_stem
 from nuguide.datasets.prepared import LAYOUT, MPP_AT_40X, is_prepared, read_prepared
 
 LICENSE = "CC BY-NC-SA 4.0"
@@ -39,10 +39,9 @@ def read_cryonuseg(root: Path, annotator: str = "annotator1") -> Dataset:
         raise not_found(root, f"'tissue images/' with '{official}/label masks modify/', or {LAYOUT}")
     problems: list[str] = []
     pairs = pair_by_stem(root / "tissue images", labels, problems)
-    refuse(root, problems)
     entries = []
     for stem, image, mask in pairs:
         group = stem.removeprefix("Human_").rpartition("_")[0] or stem
         load = partial(load_sample, image, mask, id=stem, group=group, mpp=MPP_AT_40X)
-        entries.append(Entry(stem, group, load))
-    return Dataset("cryonuseg", entries, LICENSE)
+        entries.append(Entry(stem, group, load, str(image)))
+    return sound(Dataset("cryonuseg", entries, LICENSE), root, problems)

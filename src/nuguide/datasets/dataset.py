@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import overload
 
 import numpy as np
@@ -21,11 +22,13 @@ class Entry:
         id: unique within its data set.
         group: what must not be divided by a split: the patient, slide or organ.
         load: reads the sample; raises UserError naming the file at fault.
+        where: the file that holds the image, and the place in it where it holds several; for messages only.
     """
 
     id: str
     group: str
     load: Callable[[], Sample]
+    where: str = ""
 
 
 class Dataset(Sequence[Sample]):
@@ -89,6 +92,28 @@ class Dataset(Sequence[Sample]):
 
     def __repr__(self) -> str:
         return f"Dataset({self.name!r}, {len(self)} samples, {len(set(self.groups))} groups, license={self.license!r})"
+
+
+class UnsoundError(UserError):
+    """A data set with problems.
+
+    Attributes:
+        problems: one line each, naming the file.
+        usable: the samples that have none of these problems.
+    """
+
+    def __init__(self, root: Path, problems: Sequence[str], usable: Dataset):
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{root} has {count}: " + "; ".join(problems))
+        self.problems = tuple(problems)
+        self.usable = usable
+
+
+def sound(dataset: Dataset, root: Path, problems: Sequence[str]) -> Dataset:
+    """The data set, if there are no problems; else raises UnsoundError, which lists them all and holds the rest."""
+    if problems:
+        raise UnsoundError(root, problems, dataset)
+    return dataset
 
 
 def fault(sample: Sample) -> str | None:

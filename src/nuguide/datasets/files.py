@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import re
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import cv2
@@ -14,8 +15,11 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from nuguide.images import SUFFIXES, TURNED, read_image
+from nuguide.images import OUTPUT_SUFFIXES, SUFFIXES, TURNED, read_image
 from nuguide.types import Sample, UserError
+
+Row = dict[str, str]
+LabelReader = Callable[[Path, tuple[int, int]], np.ndarray]
 
 TIFF_SUFFIXES = frozenset({".tif", ".tiff"})
 LABEL_SUFFIXES = TIFF_SUFFIXES | {".png", ".bmp"}  # lossless only: JPEG alters label numbers
@@ -48,12 +52,15 @@ def load_sample(
     is_mask: bool = False,
     ignore_path: Path | None = None,
     instances_are_exact: bool = True,
+    label_reader: LabelReader | None = None,
 ) -> Sample:
     """One sample read from its files.
 
     Args:
         image_path, labels_path: an image, and its instance label map or (`is_mask`) its binary mask, whose
             4-connected components become the nuclei.
+        label_reader: for labels that are no image file: called with `labels_path` and the (H, W) of the image, it
+            returns a label map (H, W) int32.
         id, group, instances_are_exact: as in `Sample`.
         mpp: microns per pixel; None: as the image file states it, else `default_mpp`.
         ignore_path: a binary mask of the area where nothing is scored.
@@ -63,8 +70,10 @@ def load_sample(
     image = read_image(image_path)
     if TURNED in image.notes:
         log.warning("%s was turned upright, %s was not: make sure that they match", image_path, labels_path)
-    read = read_mask if is_mask else read_labels
-    labels = read(labels_path)
+    if label_reader is not None:
+        labels = label_reader(labels_path, image.image_rgb.shape[:2])
+    else:
+        labels = read_mask(labels_path) if is_mask else read_labels(labels_path)
     ignore = None if ignore_path is None else read_mask(ignore_path)
     for path, array in ((labels_path, labels), (ignore_path, ignore)):
         if array is not None and array.shape != image.image_rgb.shape[:2]:
@@ -145,15 +154,18 @@ def _decode(path: Path) -> np.ndarray:
         return np.asarray(file)
 
 
-def files_by_stem(folder: Path, suffixes: Iterable[str], problems: list[str]) -> dict[str, Path]:
+def files_by_stem(
+    folder: Path, suffixes: Iterable[str], problems: list[str], others: Iterable[str] = ()
+) -> dict[str, Path]:
     """The files of a folder by stem, in natural order of their names; two of the same stem are added to `problems`.
 
-    Hidden files are skipped, and files with other endings, which the log names.
+    Hidden files are skipped, and files with other endings, which the log names unless `others` lists them.
     """
     files: dict[str, Path] = {}
     suffixes = frozenset(suffixes)
+    known = tuple(others)
     for path in sorted(folder.iterdir(), key=lambda path: natural_order(path.name)):
-        if path.name.startswith(".") or path.is_dir():
+        if path.name.startswith(".") or path.is_dir() or path.name.lower().endswith(known):
             continue
         if path.suffix.lower() not in suffixes:
             log.warning("%s is passed over: its ending is none of %s", path, ", ".join(sorted(suffixes)))
@@ -164,20 +176,54 @@ def files_by_stem(folder: Path, suffixes: Iterable[str], problems: list[str]) ->
     return files
 
 
-def pair_by_stem(images_folder: Path, labels_folder: Path, problems: list[str]) -> list[tuple[str, Path, Path]]:
-    """(stem, image, labels) of two folders; whatever has no partner is added to `problems`."""
-    images = files_by_stem(images_folder, SUFFIXES, problems)
-    labels = files_by_stem(labels_folder, LABEL_SUFFIXES, problems)
+def pair_by_stem(
+    images_folder: Path, labels_folder: Path, problems: list[str], label_suffixes: Iterable[str] = LABEL_SUFFIXES
+) -> list[tuple[str, Path, Path]]:
+    """(stem, image, labels) of two folders; whatever has no partner is added to `problems`.
+
+    The two may be one folder where `label_suffixes` are none of an image; results of `nuguide segment` in it are then
+    taken for neither.
+    """
+    beside = images_folder == labels_folder
+    images = files_by_stem(images_folder, SUFFIXES, problems, (*label_suffixes, *OUTPUT_SUFFIXES) if beside else ())
+    labels = files_by_stem(labels_folder, label_suffixes, problems, SUFFIXES if beside else ())
     problems += [f"{images[stem]} has no partner in {labels_folder}" for stem in images if stem not in labels]
     problems += [f"{labels[stem]} has no partner in {images_folder}" for stem in labels if stem not in images]
     return [(stem, images[stem], labels[stem]) for stem in images if stem in labels]
 
 
-def refuse(root: Path, problems: list[str]) -> None:
-    """Raises one UserError that lists all the problems, if there are any."""
-    if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(f"{root} has {count}: " + "; ".join(problems))
+def read_table(path: Path) -> list[Row]:
+    """The rows of a CSV file in UTF-8 by the names of its columns, "" where a row is short; UserError, naming it."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return list(csv.DictReader(file, restkey="more columns than the header", restval=""))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {error}; save it as comma-separated UTF-8 text") from error
+
+
+def open_array(path: Path, shape: tuple[int | None, ...], kinds: Iterable[str]) -> np.ndarray:
+    """A .npy file mapped into memory, read-only; nothing pickled is ever loaded.
+
+    Args:
+        shape: that the array must have; None stands for any length.
+        kinds: allowed types, as letters of `numpy.dtype.kind` ("i") or with their bytes ("u1").
+
+    Raises UserError, naming the file, where it cannot be mapped, is shorter than it states, or has another shape or
+    type.
+    """
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except DECODING_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot read {path} as an array: {reason}; copy it again from its source") from error
+    fixed = tuple(None if want is None else have for want, have in zip(shape, array.shape, strict=False))
+    if len(array.shape) != len(shape) or fixed != shape:
+        wanted = ", ".join("N" if length is None else str(length) for length in shape)
+        raise UserError(f"{path} holds an array of shape {array.shape}; it must be ({wanted})")
+    kinds = list(kinds)
+    if array.dtype.kind not in kinds and array.dtype.str[1:] not in kinds:
+        raise UserError(f"{path} holds {array.dtype} values; copy it again from its source")
+    return array
 
 
 def not_found(root: Path, looked_for: str) -> UserError:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nuguide.datasets.dataset import Dataset, Entry
-from nuguide.datasets.files import components, load_sample, not_found, pair_by_stem, refuse
-from nuguide.datasets.prepared import MPP_AT_40X, Row, read_rows
+from nuguide.datasets.dataset import Dataset, Entry, sound
+from nuguide.datasets.files import Row, components, load_sample, not_found, pair_by_stem
+from nuguide.datasets.prepared import MPP_AT_40X, read_rows
 from nuguide.types import Sample, UserError
 
 log = logging.getLogger(__name__)
@@ -37,20 +37,19 @@ def read_folder(root: Path, mpp: float | None = None) -> Dataset:
     is_mask = annotations.name == "masks"
     problems: list[str] = []
     pairs = pair_by_stem(root / "images", annotations, problems)
-    rows = _rows(root, [stem for stem, *_ in pairs], problems)
+    rows = manifest_rows(root, [stem for stem, *_ in pairs], problems)
     entries = []
     for stem, image, labels in pairs:
         row = rows.get(stem, {})
         group = row.get("group") or stem
-        facts = {"id": stem, "group": group, "mpp": _mpp(row, problems, default=mpp), "is_mask": is_mask}
-        entries.append(Entry(stem, group, partial(_load, image, labels, **facts)))
-    refuse(root, problems)
+        facts = {"id": stem, "group": group, "mpp": stated_mpp(row, problems, default=mpp), "is_mask": is_mask}
+        entries.append(Entry(stem, group, partial(_load, image, labels, **facts), str(image)))
     if mpp is None and not any(row.get("mpp") for row in rows.values()):
         log.info("%s: microns per pixel as the image files state it, else %s; --mpp sets it", root, MPP_AT_40X)
-    return Dataset(root.resolve().name, entries)
+    return sound(Dataset(root.resolve().name, entries), root, problems)
 
 
-def _rows(root: Path, stems: list[str], problems: list[str]) -> dict[str, Row]:
+def manifest_rows(root: Path, stems: list[str], problems: list[str]) -> dict[str, Row]:
     """The rows of the manifest, if there is one; rows and images without partner are added to `problems`."""
     path = root / "manifest.csv"
     if not path.exists():
@@ -70,7 +69,8 @@ def _load(image_path: Path, labels_path: Path, *, is_mask: bool, **facts) -> Sam
     return sample
 
 
-def _mpp(row: Row, problems: list[str], default: float | None) -> float | None:
+def stated_mpp(row: Row, problems: list[str], default: float | None) -> float | None:
+    """Microns per pixel of a row of the manifest, else `default`; what is no number above 0 is added to `problems`."""
     text = row.get("mpp")
     if not text:
         return default

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from nuguide.datasets.dataset import Dataset, Entry
+from nuguide.datasets.dataset import Dataset, Entry, sound
 from nuguide.datasets.files import (
     components,
     load_sample,
@@ -16,7 +16,6 @@ from nuguide.datasets.files import (
     not_found,
     pair_by_stem,
     read_mask,
-    refuse,
 )
 from nuguide.datasets.prepared import LAYOUT, MPP_AT_40X, is_prepared, read_prepared
 from nuguide.types import Sample, UserError
@@ -41,8 +40,8 @@ def read_nuinsseg(root: Path) -> Dataset:
         has_masks = (root / "masks").is_dir()
         load = _load_with_exact_mask if has_masks else load_sample
         return read_prepared(root, name="nuinsseg", license=LICENSE, load=load, instances_are_exact=False)
-    organs = [path.parent for path in root.glob("*/tissue images") if (path.parent / "label masks modify").is_dir()]
-    if not organs:
+    organs = {path.parent for folder in ("tissue images", "label masks modify") for path in root.glob(f"*/{folder}")}
+    if not any((organ / "tissue images").is_dir() and (organ / "label masks modify").is_dir() for organ in organs):
         raise not_found(root, f"{OFFICIAL}, or {LAYOUT}")
     return _read_official(root, sorted(organs, key=lambda organ: natural_order(organ.name)))
 
@@ -51,15 +50,20 @@ def _read_official(root: Path, organs: list[Path]) -> Dataset:
     problems: list[str] = []
     entries: dict[str, Entry] = {}
     for organ in organs:
-        for stem, image, labels in pair_by_stem(organ / "tissue images", organ / "label masks modify", problems):
+        images_folder, labels_folder = organ / "tissue images", organ / "label masks modify"
+        if not images_folder.is_dir() or not labels_folder.is_dir():
+            lacking = labels_folder if images_folder.is_dir() else images_folder
+            problems.append(f"{organ} has no folder '{lacking.name}'")
+            continue
+        for stem, image, labels in pair_by_stem(images_folder, labels_folder, problems):
             if stem in entries:
                 problems.append(f"{image} has the stem of an image of {entries[stem].group}")
+                continue
             vague = organ / "vague areas" / "mask binary" / f"{stem}.png"
             ignore = vague if vague.is_file() else None
             facts = {"id": stem, "group": organ.name, "mpp": MPP_AT_40X, "ignore_path": ignore}
-            entries[stem] = Entry(stem, organ.name, partial(load_sample, image, labels, **facts))
-    refuse(root, problems)
-    return Dataset("nuinsseg", entries.values(), LICENSE)
+            entries[stem] = Entry(stem, organ.name, partial(load_sample, image, labels, **facts), str(image))
+    return sound(Dataset("nuinsseg", entries.values(), LICENSE), root, problems)
 
 
 def _load_with_exact_mask(image_path: Path, labels_path: Path, **facts) -> Sample:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from nuguide.datasets.dataset import Dataset, Entry
-from nuguide.datasets.files import load_sample, not_found, pair_by_stem, refuse
+from nuguide.datasets.dataset import Dataset, Entry, sound
+from nuguide.datasets.files import Row, load_sample, not_found, pair_by_stem, read_table
 from nuguide.types import Sample, UserError
 
 LAYOUT = "images/ + labels/ + manifest.csv"
 MPP_AT_40X = 0.25
-Row = dict[str, str]
 
 
 def read_dsb_he(root: Path) -> Dataset:
@@ -28,14 +26,6 @@ def read_dsb_he(root: Path) -> Dataset:
     Source: Caicedo et al., Nature Methods 2019, doi:10.1038/s41592-019-0612-7.
     """
     return read_prepared(root, name="dsb_he", license="CC0", mpp=_guessed_mpp, group_column="source")
-
-
-def read_monuseg(root: Path) -> Dataset:
-    """The 30 training images of MoNuSeg 2018 (CC BY-NC-SA 4.0), 1000 x 1000 at 40x, grouped by patient.
-
-    Source: Kumar et al., IEEE Transactions on Medical Imaging 2017, doi:10.1109/TMI.2017.2677499.
-    """
-    return read_prepared(root, name="monuseg", license="CC BY-NC-SA 4.0")
 
 
 def is_prepared(root: Path) -> bool:
@@ -70,24 +60,21 @@ def read_prepared(
     rows = read_rows(root / "manifest.csv", problems)
     problems += [f"{path} has no row in manifest.csv" for id, (path, _) in files.items() if id not in rows]
     problems += [f"manifest.csv names {id}, which has no image with labels" for id in rows if id not in files]
-    refuse(root, problems)
     entries = []
     for id, row in rows.items():
+        if id not in files:
+            continue
         group = row.get(group_column) or id
         facts = {"id": id, "group": group, "mpp": mpp(row) if callable(mpp) else mpp}
-        entries.append(Entry(id, group, partial(load, *files[id], **facts, instances_are_exact=instances_are_exact)))
-    return Dataset(name, entries, license)
+        read = partial(load, *files[id], **facts, instances_are_exact=instances_are_exact)
+        entries.append(Entry(id, group, read, str(files[id][0])))
+    return sound(Dataset(name, entries, license), root, problems)
 
 
 def read_rows(path: Path, problems: list[str]) -> dict[str, Row]:
     """The rows of a manifest by their `id`; an id without value or given twice is added to `problems`."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            table = list(csv.DictReader(file, restkey="more columns than the header", restval=""))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read {path}: {error}; save it as comma-separated UTF-8 text") from error
     rows: dict[str, Row] = {}
-    for line, row in enumerate(table, start=2):
+    for line, row in enumerate(read_table(path), start=2):
         if "id" not in row:
             raise UserError(f"{path} has no column 'id'; it has {', '.join(row)}")
         if not row["id"] or row["id"] in rows:

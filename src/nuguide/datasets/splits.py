@@ -142,10 +142,34 @@ def write_manifest(path: Path, parts: Mapping[str, Sequence[Dataset]]) -> SplitM
 
     Raises UserError where an image cannot be read or `path` not written; a half-written file is never left behind.
     """
-    members = {
-        name: tuple(sorted(_member(dataset, index) for dataset in datasets for index in range(len(dataset))))
-        for name, datasets in parts.items()
-    }
+    return _write(path, {name: _members(datasets) for name, datasets in parts.items()})
+
+
+def write_folds(folder: Path, datasets: Sequence[Dataset], folds: int, seed: int) -> list[SplitManifest]:
+    """Writes one manifest a fold, `folder`/fold_0.json and so on, each with the parts "train" and "val".
+
+    Every image is in "val" once, and no group (of one data set) is on both sides: see `grouped_folds`. Each image is
+    read once for all folds.
+
+    Raises UserError where an image cannot be read, the folder not be written, or the groups are too few for the folds.
+    """
+    members = _members(datasets)
+    try:
+        indices = grouped_folds([f"{member.dataset}/{member.group}" for member in members], folds, seed)
+    except ValueError as error:
+        raise UserError(f"{', '.join(dataset.name for dataset in datasets)}: {error}") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder} for the folds: {error.strerror}; name another") from error
+    return [
+        _write(folder / f"fold_{fold}.json", {"train": [members[i] for i in train], "val": [members[i] for i in val]})
+        for fold, (train, val) in enumerate(indices)
+    ]
+
+
+def _write(path: Path, parts: Mapping[str, Sequence[Member]]) -> SplitManifest:
+    members = {name: tuple(sorted(part)) for name, part in parts.items()}
     manifest = SplitManifest(members, _split_hash(members))
     content = {"sha256": manifest.sha256, "parts": _as_json(members)}
     half = path.with_name(path.name + ".part")
@@ -187,6 +211,10 @@ def _in_several_parts(manifest: SplitManifest, key) -> list[list[tuple[str, Memb
         for member in members:
             alike[key(member)].append((part, member))
     return [places for places in alike.values() if len({part for part, _ in places}) > 1]
+
+
+def _members(datasets: Sequence[Dataset]) -> list[Member]:
+    return sorted(_member(dataset, index) for dataset in datasets for index in range(len(dataset)))
 
 
 def _member(dataset: Dataset, index: int) -> Member:

@@ -7,8 +7,8 @@ import re
 from functools import partial
 from pathlib import Path
 
-from nuguide.datasets.dataset import Dataset, Entry
-from nuguide.datasets.files import load_sample, not_found, pair_by_stem, refuse
+from nuguide.datasets.dataset import Dataset, Entry, sound
+from nuguide.datasets.files import load_sample, not_found, pair_by_stem
 from nuguide.datasets.prepared import LAYOUT, MPP_AT_40X, is_prepared, read_prepared
 
 LICENSE = "CC BY 4.0"
@@ -48,6 +48,8 @@ def read_tnbc(root: Path) -> Dataset:
         for stem, image, mask in pair_by_stem(slide, truth, problems):
             id = f"tnbc_{stem}"
             load = partial(load_sample, image, mask, id=id, group=group, mpp=MPP_AT_40X, is_mask=True)
-            entries.append(Entry(id, group, load))
-    refuse(root, problems)
-    return Dataset("tnbc", entries, LICENSE)
+            entries.append(Entry(id, group, load, str(image)))
+    truths = sorted(slides[0].parent.glob("GT_*"))
+    slides_of = {truth: truth.with_name(truth.name.replace("GT_", "Slide_")) for truth in truths}
+    problems += [f"{truth} has no partner {slide.name}/" for truth, slide in slides_of.items() if not slide.is_dir()]
+    return sound(Dataset("tnbc", entries, LICENSE), root, problems)

@@ -1,0 +1,331 @@
+"""What is published of each data set, and whether a folder holds it soundly."""
+
+from __future__ import annotations
+
+import glob
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nuguide.datasets import DATASETS, Dataset
+from nuguide.datasets.conic import counts_problems
+from nuguide.datasets.cryonuseg import ANNOTATORS
+from nuguide.datasets.dataset import UnsoundError
+from nuguide.datasets.files import components
+from nuguide.datasets.prepared import is_prepared
+from nuguide.datasets.splits import content_hash
+from nuguide.types import Sample, UserError
+
+FEW_AREAS = 2  # one nucleus may be drawn with a speck beside it, but not as more areas
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the publisher states of a data set.
+
+    Attributes:
+        title: its full name.
+        layout: the files and folders it comes in.
+        license: as its publisher states it; "" for a user's own images.
+        where: the address to get it from; "" for a user's own images.
+        login: whether an account is needed there.
+        images: the numbers of images that a complete copy can hold, of the parts and of the whole; empty: any.
+        size: (width, height) in pixels of every image, or None where they differ.
+        nuclei: how many are published, in words.
+    """
+
+    title: str
+    layout: str
+    license: str = ""
+    where: str = ""
+    login: bool = False
+    images: tuple[int, ...] = ()
+    size: tuple[int, int] | None = None
+    nuclei: str = ""
+
+
+FACTS: dict[str, Facts] = {
+    "folder": Facts("your own images", "images/ with labels/ (instance maps) or masks/ (binary), paired by name"),
+    "nuinsseg": Facts(
+        "NuInsSeg",
+        "<species organ>/tissue images/*.png and <species organ>/label masks modify/*.tif",
+        "CC BY 4.0",
+        "https://zenodo.org/records/10518968",
+        images=(665,),
+        size=(512, 512),
+        nuclei="30,698",
+    ),
+    "tnbc": Facts(
+        "TNBC",
+        "Slide_XX/*.png and GT_XX/*.png",
+        "CC BY 4.0",
+        "https://zenodo.org/records/1175282",
+        images=(50,),
+        size=(512, 512),
+        nuclei="4,022",
+    ),
+    "cryonuseg": Facts(
+        "CryoNuSeg",
+        "tissue images/*.tif and, of each annotator, label masks modify/*.tif",
+        "CC BY-NC-SA 4.0",
+        "https://www.kaggle.com/datasets/ipateam/segmentation-of-nuclei-in-cryosectioned-he-images",
+        login=True,
+        images=(30,),
+        size=(512, 512),
+        nuclei="7,596 by annotator 1, 8,044 in the second round, 8,251 by annotator 2",
+    ),
+    "dsb_he": Facts(
+        "the color-stained part of the Data Science Bowl 2018",
+        "images/, labels/ and manifest.csv",
+        "CC0",
+        "https://bbbc.broadinstitute.org/BBBC038",
+        images=(107,),
+        size=(320, 256),
+    ),
+    "monuseg": Facts(
+        "MoNuSeg 2018",
+        "Tissue Images/*.tif with Annotations/*.xml (train), *.tif beside *.xml (test)",
+        "CC BY-NC-SA 4.0",
+        "https://monuseg.grand-challenge.org/Data/",
+        login=True,
+        images=(30, 37, 14, 44, 51),
+        size=(1000, 1000),
+    ),
+    "conic": Facts(
+        "CoNIC 2022",
+        "images.npy, labels.npy, counts.csv and patch_info.csv",
+        "CC BY-NC-SA 4.0",
+        "https://conic-challenge.grand-challenge.org/Data/",
+        login=True,
+        images=(4981,),
+        size=(256, 256),
+    ),
+    "dsb2018": Facts(
+        "the Data Science Bowl 2018 (BBBC038), training images of stage 1",
+        "stage1_train/<id>/images/<id>.png and stage1_train/<id>/masks/*.png",
+        "CC0",
+        "https://bbbc.broadinstitute.org/BBBC038",
+        images=(670,),
+    ),
+    "pannuke": Facts(
+        "PanNuke",
+        "Fold N/images/foldN/{images,types}.npy and Fold N/masks/foldN/masks.npy",
+        "CC BY-NC-SA 4.0",
+        "https://warwick.ac.uk/fac/cross_fac/tia/data/pannuke",
+        images=(2656, 2523, 2722, 2656 + 2523, 2656 + 2722, 2523 + 2722, 7901),
+        size=(256, 256),
+    ),
+    "lizard": Facts(
+        "Lizard",
+        "lizard_images1/Lizard_Images1/*.png, lizard_images2/Lizard_Images2/*.png and lizard_labels/Lizard_Labels/ "
+        "with Labels/*.mat and info.csv",
+        "non-commercial",
+        "https://warwick.ac.uk/fac/cross_fac/tia/data/lizard",
+        images=(238,),
+        nuclei="about 495,000, test images that are not public included",
+    ),
+    "qupath": Facts("your own annotations", "images with a .geojson of the same name beside each"),
+}
+
+@dataclass(frozen=True)
+class Report:
+    """What a folder holds.
+
+    Attributes:
+        name: of the data set, as in `DATASETS`.
+        images, groups, nuclei: how many of them could be read.
+        sizes: "512 x 512" (width x height in pixels) -> images of that size.
+        problems: one line each, naming the file; none in a sound data set.
+        notes: what is worth knowing and no fault.
+    """
+
+    name: str
+    images: int = 0
+    groups: int = 0
+    nuclei: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def check(
+    name: str,
+    root: Path,
+    *,
+    annotator: str | None = None,
+    partial: bool = False,
+    watch: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Reads every image and label map of a data set once, and reports what is wrong; it goes on after each problem.
+
+    Found are: images and labels without partner, files that cannot be read, sizes that differ between image and labels
+    or from the published one, labels that are no label numbers, a mask in place of a label map, nuclei that leave no
+    background, images whose pixels are the same, and numbers of images that are not the published ones.
+
+    Args:
+        name: of the data set, as in `DATASETS`.
+        root: its folder.
+        annotator: of cryonuseg; None checks all three annotations.
+        partial: the folder is known to hold a part of the set: the number of images is not compared.
+        watch: called with (images read, images in all).
+
+    Raises UserError for an unknown name or annotator, and where there is no folder `root`, with where to get the set.
+    """
+    root = Path(root)
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}")
+    if annotator is not None and (name != "cryonuseg" or annotator not in ANNOTATORS):
+        raise UserError(f"--annotator {annotator}: only cryonuseg has annotators: {', '.join(ANNOTATORS)}")
+    if not root.is_dir():
+        what = "is a file" if root.exists() else "does not exist"
+        raise UserError(f"{root} {what}; expected a folder of {FACTS[name].layout}{source(name)}")
+    report = Report(name)
+    if not any(root.iterdir()):
+        report.problems.append(f"{root} is empty; expected {FACTS[name].layout}{source(name)}")
+        return report
+    annotators = [annotator] if annotator else list(ANNOTATORS) if name == "cryonuseg" else [None]
+    opened = [_open(name, root, given, report.problems) for given in annotators]
+    report.problems.extend(EXTRAS[name](root) if name in EXTRAS and not is_prepared(root) else [])
+    first = opened[0]
+    if first is not None:
+        report = _read_all(first, report, FACTS[name].size, watch)
+        if not partial and not is_prepared(root):
+            report.problems.extend(_count_problems(name, root, len(first)))
+    for given, dataset in zip(annotators[1:], opened[1:], strict=True):
+        if dataset is not None:
+            report.notes.append(f"{given}: {_check_labels(dataset, report.problems)} nuclei")
+    return report
+
+
+def lines(report: Report, root: Path) -> Sequence[str]:
+    """The report in words: what the folder holds, the license and the notes; not the problems."""
+    facts = FACTS[report.name]
+    sizes = ", ".join(f"{count} of {size}" for size, count in sorted(report.sizes.items(), key=lambda item: -item[1]))
+    told = [
+        f"{facts.title} in {root}: {report.images} images, {report.groups} groups, {report.nuclei} nuclei"
+        + (f" (published: {facts.nuclei})" if facts.nuclei else ""),
+        *([f"sizes (width x height): {sizes}"] if sizes else []),
+        *([f"license: {facts.license}"] if facts.license else []),
+    ]
+    return [*told, *report.notes]
+
+
+def source(name: str) -> str:
+    """Where to get a data set, as the end of a sentence; "" for a user's own images."""
+    facts = FACTS[name]
+    return f"; get it from {facts.where}" + (" (needs a login)" if facts.login else "") if facts.where else ""
+
+
+def _open(name: str, root: Path, annotator: str | None, problems: list[str]) -> Dataset | None:
+    """What can be read of a data set, or None where nothing can; the reasons are added to `problems`."""
+    options: dict[str, Any] = {} if annotator is None else {"annotator": annotator}
+    try:
+        dataset = DATASETS[name](root, **options)
+    except UnsoundError as error:
+        problems.extend(problem for problem in error.problems if problem not in problems)
+        return error.usable
+    except UserError as error:
+        problems.append(f"{error}{source(name)}")
+        return None
+    if not len(dataset):
+        problems.append(f"{root} holds no image of the data set {name}{source(name)}")
+    return dataset
+
+
+def _read_all(
+    dataset: Dataset, report: Report, size: tuple[int, int] | None, watch: Callable[[int, int], None] | None
+) -> Report:
+    """The report with what reading every sample of the data set shows."""
+    problems = list(report.problems)
+    sizes: Counter[str] = Counter()
+    groups: set[str] = set()
+    first_with: dict[str, str] = {}
+    nuclei = 0
+    for index, entry in enumerate(dataset.entries):
+        sample = _sample(dataset, index, problems)
+        if sample is not None:
+            where = entry.where or entry.id
+            height, width = sample.labels.shape
+            sizes[f"{width} x {height}"] += 1
+            groups.add(sample.group)
+            if size is not None and (width, height) != size:
+                problems.append(f"{where} has {width} x {height} pixels; those of the set have {size[0]} x {size[1]}")
+            twin = first_with.setdefault(content_hash(sample.image_rgb), where)
+            if twin != where:
+                problems.append(f"{where} shows the same image as {twin}")
+            nuclei += _count_nuclei(sample.labels, where, problems)
+        if watch is not None:
+            watch(index + 1, len(dataset))
+    if sizes and not nuclei:
+        problems.append(f"none of the {sizes.total()} images has a nucleus: the labels are empty")
+    return Report(report.name, sizes.total(), len(groups), nuclei, dict(sizes), problems, report.notes)
+
+
+def _sample(dataset: Dataset, index: int, problems: list[str]) -> Sample | None:
+    try:
+        return dataset[index]
+    except UserError as error:
+        where = dataset.entries[index].where
+        named = str(error) if where.split("[")[0] in str(error) else f"{where}: {error}"
+        problems.append(named)
+        return None
+
+
+def _check_labels(dataset: Dataset, problems: list[str]) -> int:
+    """How many nuclei a further annotation of the same images has; problems that are new are added."""
+    nuclei = 0
+    for index, entry in enumerate(dataset.entries):
+        found: list[str] = []
+        sample = _sample(dataset, index, found)
+        nuclei += _count_nuclei(sample.labels, entry.where, found) if sample is not None else 0
+        problems.extend(problem for problem in found if problem not in problems)
+    return nuclei
+
+
+def _count_nuclei(labels: np.ndarray, where: str, problems: list[str]) -> int:
+    """The nuclei of a label map; what cannot be nuclei is added to `problems`."""
+    numbers = np.unique(labels)
+    nuclei = int((numbers > 0).sum())
+    if nuclei == 1 and (areas := int(components(labels > 0).max())) > FEW_AREAS:
+        problems.append(f"the labels of {where} have one number for {areas} separate areas: a mask, no label map")
+    if labels.size and numbers[0] > 0:
+        problems.append(f"the labels of {where} leave no background")
+    return nuclei
+
+
+def _count_problems(name: str, root: Path, found: int) -> list[str]:
+    """A line if the number of images is none of the published ones."""
+    published = FACTS[name].images
+    if not published or found in published:
+        return []
+    numbers = " or ".join(str(number) for number in published)
+    return [f"{root} holds {found} usable images, but {numbers} are published{source(name)}"]
+
+
+def _unknown_slides(root: Path) -> list[str]:
+    """Slides of TNBC beside the 11 of version 1.0 and the 3 of brain that version 1.1 adds."""
+    slides = sorted([*root.glob("Slide_*"), *root.glob("*/Slide_*")])
+    known = {f"Slide_{number:02}" for number in range(1, 15)}
+    return [f"{slide} is none of the slides 01 to 14; take it out" for slide in slides if slide.name not in known]
+
+
+def _vague_areas_without_image(root: Path) -> list[str]:
+    """Masks of vague areas of NuInsSeg that no image uses."""
+    vague = sorted(path for path in root.glob("*/vague areas/mask binary/*") if not path.name.startswith("."))
+    return [
+        f"{path} has no image in {path.parents[2] / 'tissue images'}"
+        for path in vague
+        if path.suffix != ".png" or not any((path.parents[2] / "tissue images").glob(f"{glob.escape(path.stem)}.*"))
+    ]
+
+
+# Further checks of a data set's official files.
+EXTRAS: dict[str, Callable[[Path], list[str]]] = {
+    "conic": counts_problems,
+    "nuinsseg": _vague_areas_without_image,
+    "tnbc": _unknown_slides,
+}

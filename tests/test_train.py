@@ -270,7 +270,7 @@ def test_the_guide_sees_around_a_patch_what_it_will_see_around_a_tile() -> None:
 
 @pytest.mark.parametrize("method", ["macenko", "reinhard", "vahadane"])
 def test_stain_is_measured_over_the_training_part_and_applied_at_prediction(method: str, tmp_path: Path) -> None:
-    options = dataclasses.replace(TINY, fusion="none", epochs=1, steps_per_epoch=1, stain=method)
+    options = dataclasses.replace(TINY, fusion="none", epochs=1, steps_per_epoch=1, normalize_stain=method)
     model = fit(drawn(0, 1), drawn(2), tmp_path / "out", options, progress=False)
     predictor = nuguide.load(model)
     (samples,) = drawn(2)
@@ -295,6 +295,7 @@ def test_a_guides_weights_may_lie_in_any_file(tmp_path: Path) -> None:
     guide = load_guide("efficientnet_lite0", tmp_path / "tuned.pth")
     assert checkpoint.load(model, guide)[1] is guide
     predictor = nuguide.load(model, guide_weights=tmp_path / "tuned.pth")
+    assert predictor.guide is not None
     assert predictor.guide.weights_id == guide.weights_id
 
 
@@ -352,7 +353,7 @@ def test_options_that_name_what_there_is_not_are_refused(tmp_path: Path, changes
     ("changes", "says"),
     [
         ({"latents": "frozen"}, "unknown latents 'frozen'; choose from live, cached"),
-        ({"stain": "henna"}, "unknown stain 'henna'; choose from none, macenko, reinhard, vahadane"),
+        ({"normalize_stain": "henna"}, "unknown normalize_stain 'henna'; choose from none, macenko, reinhard"),
         ({"schedule": "step"}, "unknown schedule 'step'; choose from cosine, constant"),
         ({"batch": 0}, "batch must be positive, not 0"),
         ({"mpp": -1.0}, "mpp must be positive, not -1.0"),

@@ -30,8 +30,8 @@ class TrainOptions:
             by quarter turns, flips and color, for guides too slow to run at every step.
         mpp: microns per pixel to train at.
         exposure: bring every image to one exposure first.
-        stain: macenko, reinhard or vahadane brings every image to the stain of the training images, measured over them
-            and kept in the model; none.
+        normalize_stain: macenko, reinhard or vahadane brings every image to the stain of the training images, measured
+            over them and kept in the model; none.
         patch_px: side of a training patch, in pixels at that resolution, a multiple of 32; of smaller patches the same
             time makes more steps.
         context_px: what a live guide sees around each patch, on every side; a multiple of 32. A guide that resizes
@@ -63,7 +63,7 @@ class TrainOptions:
     latents: str = "live"
     mpp: float = 0.5
     exposure: bool = False
-    stain: str = "none"
+    normalize_stain: str = "none"
     patch_px: int = 128
     context_px: int = 64
     epochs: int = 20
@@ -81,7 +81,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name, value, choices in (("latents", self.latents, ("live", "cached")),
                                      ("schedule", self.schedule, ("cosine", "constant")),
-                                     ("stain", self.stain, ("none", *METHODS))):
+                                     ("normalize_stain", self.normalize_stain, ("none", *METHODS))):
             if value not in choices:
                 raise UserError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
         for name in ("epochs", "batch", "patch_px", "lr", "mpp", "width"):

@@ -312,14 +312,14 @@ def lightning_quiet() -> Iterator[None]:
 
 def fitted_stain(options: TrainOptions, train: Sequence[Dataset]) -> StainNormalizer | None:
     """The stain of the training images at the model's resolution, or None where it is to be left as it is."""
-    if options.stain == "none":
+    if options.normalize_stain == "none":
         return None
     images = (
         resize_image(sample.image_rgb, resampled_size(sample.labels.shape, sample.mpp, options.mpp))  # pyright: ignore
         for part in train
         for sample in part
     )
-    return StainNormalizer(options.stain).fit(images)
+    return StainNormalizer(options.normalize_stain).fit(images)
 
 
 def model_spec(

@@ -1,6 +1,6 @@
 """Whether tiling shows: the shipped model on an image in tiles against the same image in one piece.
 
-    python benchmarks/seams.py [--model NAME|FOLDER] [--image FILE] [--tiles 256 400 544]
+    python benchmarks/seams.py [--model NAME|FOLDER] [--image FILE] [--tiles 256 400 576]
 
 Prints one JSON line a tile size: panoptic quality of tiled against untiled, and the shares of untiled nuclei that are
 lost (no tiled nucleus has an IoU above 0.5), split (two tiled nuclei each take a fifth of it) or merged (it shares with
@@ -20,7 +20,7 @@ import numpy as np
 from nuguide import checkpoint
 from nuguide.images import read_image
 from nuguide.metrics import panoptic_quality
-from nuguide.predict import Predictor
+from nuguide.predict import PHASE_PX, Predictor
 from nuguide.tiling import cover, middles
 from speed import MPP, large_image
 
@@ -30,7 +30,7 @@ BAND_PX = 16          # to both sides of a seam, at the model's resolution: 8 mi
 def bands(shape: tuple[int, int], tile_px: int, overlap_px: int) -> np.ndarray:
     """(H, W) bool, True within `BAND_PX` of a border between two cores."""
     near = np.zeros(shape, bool)
-    for tile in cover(shape, tile_px, overlap_px):
+    for tile in cover(shape, tile_px, overlap_px, PHASE_PX):
         if tile.core_top:
             near[tile.core_top - BAND_PX : tile.core_top + BAND_PX, tile.core_left : tile.core_right] = True
         if tile.core_left:
@@ -61,14 +61,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default")
     parser.add_argument("--image", type=Path)
-    parser.add_argument("--tiles", type=int, nargs="+", default=[256, 400, 544])
+    parser.add_argument("--tiles", type=int, nargs="+", default=[256, 400, 576])
     parser.add_argument("--precision", default="auto")
     options = parser.parse_args()
     predictor = Predictor(*checkpoint.load(options.model), device="cpu", precision=options.precision)
     with tempfile.TemporaryDirectory() as folder:
         image = read_image(options.image or large_image(Path(folder) / "image.png")).image_rgb
     image = predictor.prepared(image, MPP)
-    predictor.tile_px = max(image.shape[:2]) + 64          # one tile holds it all
+    predictor.tile_px = max(image.shape[:2]) + 128         # one tile holds it all
     whole = predictor.label(*predictor.probabilities(image))
     ids, y, x = middles(whole)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()

@@ -72,6 +72,14 @@ def test_steps_are_what_the_formula_says_in_any_layout(memory: torch.memory_form
     assert torch.equal(steps, ((x / 0.32).round() + 3).clamp(0, 255).to(torch.uint8))
 
 
+def test_what_reads_the_image_stays_in_floats_folded_or_not() -> None:
+    network = build_network("eunet3plus", 2, width=4).eval()
+    before = set(quantizable(network))
+    assert "encoder.levels.0.0" not in before
+    assert "encoder.levels.0.1" in before
+    assert set(quantizable(fold_batch_norm(network))) == before
+
+
 def note(kinds: set, _: nn.Module, inputs: tuple[torch.Tensor]) -> None:
     kinds.add(inputs[0].dtype)
 

@@ -187,9 +187,16 @@ def test_batches_of_1_and_of_5_give_the_same(wide):
     np.testing.assert_array_equal(labels[0], labels[1])
 
 
+def test_small_tiles_overlap_by_a_quarter():
+    def overlap(**options) -> int:
+        return Predictor(ByColor(), None, SPEC, "cpu", "fp32", **options).overlap_px
+
+    assert (overlap(), overlap(tile_px=256), overlap(tile_px=128, overlap_px=48)) == (128, 64, 48)
+
+
 def test_progress_counts_tiles_up_to_all_of_them(wide):
     told: list[tuple[int, int]] = []
-    predictor = Predictor(ByColor(), None, SPEC, "cpu", "fp32", batch=5, tile_px=128)
+    predictor = Predictor(ByColor(), None, SPEC, "cpu", "fp32", batch=5, tile_px=128, overlap_px=64)
     predictor.segment(wide, 0.5, progress=lambda done, total: told.append((done, total)))
     assert told == [(5, 24), (10, 24), (15, 24), (20, 24), (24, 24)]
 
@@ -280,7 +287,7 @@ def test_the_default_model_finds_the_same_in_tiles(default_model, monkeypatch):
     image = cv2.GaussianBlur(image, (0, 0), 0.5)
     monkeypatch.setattr(default_model, "tile_px", 640)
     whole = default_model.segment(image, 0.5).labels
-    monkeypatch.setattr(default_model, "tile_px", 352)      # 2 x 2 tiles that meet in a cross of 64 px
+    monkeypatch.setattr(default_model, "tile_px", 352)      # 2 x 2 tiles that meet in a cross of 88 px
     tiled = default_model.segment(image, 0.5).labels
     assert panoptic_quality(whole, tiled).pq >= 0.97
     seam = np.zeros(image.shape[:2], bool)

@@ -28,8 +28,8 @@ from .types import Tile, UserError
 log = logging.getLogger(__name__)
 
 DEFAULT_MPP = 0.25          # of an image that does not say: what scanners call 40x
-TILE_PX, OVERLAP_PX, MARGIN_PX = 544, 64, 16      # at the network's resolution
-CONTEXT_PX = 128                                  # that the guide sees around a tile
+TILE_PX, OVERLAP_PX, MARGIN_PX = 576, 128, 16     # at the network's resolution
+CONTEXT_PX = 192                                  # that the guide sees around a tile
 PHASE_PX = 32                                     # the coarsest stride of networks and guides
 WINDOW_PX, HALO_PX = 2048, 64                     # of the separation into nuclei
 
@@ -46,6 +46,7 @@ class Predictor:
         device, precision: see `machine`. batch: tiles computed at once.
         tile_px, overlap_px: of the tiles, at the network's resolution. By default tiles are large, so that little is
             computed twice; where the guide resizes what it sees, they are as large as the patches of the training.
+            They overlap by 128 px, small ones by a quarter.
         separation: how maps become nuclei; by default as the spec says.
     """
 
@@ -58,7 +59,7 @@ class Predictor:
         precision: str = "auto",
         batch: int = 1,
         tile_px: int | None = None,
-        overlap_px: int = OVERLAP_PX,
+        overlap_px: int | None = None,
         separation: Separation | None = None,
     ):
         if batch < 1:
@@ -75,8 +76,13 @@ class Predictor:
         self.spec = spec
         self.stain = StainNormalizer.from_dict(spec.stain) if spec.stain else None
         self.tile_px = tile_px or (spec.tile_px if guide is not None and resizes(guide) else TILE_PX)
-        self.batch, self.overlap_px = batch, overlap_px
+        self.batch, self._overlap_px = batch, overlap_px
         self.separation = separation or Separation(**spec.separation)
+
+    @property
+    def overlap_px(self) -> int:
+        """By how much neighboring tiles overlap."""
+        return min(OVERLAP_PX, self.tile_px // 4) if self._overlap_px is None else self._overlap_px
 
     def segment(
         self, image_rgb: np.ndarray, mpp: float | None = None, progress: Callable[[int, int], None] | None = None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .blocks import ConvUnit, GatedConv, SegmentationNetwork, UpConvUnit
 from .unet3plus import UNet3Plus
 
+IMAGE_CHANNELS = 3
 Ranges = dict[str, tuple[float, float]]      # of the input of each convolution, by the name of its unit or head
 
 
@@ -84,12 +85,16 @@ class Int8Conv(nn.Module):
 def quantizable(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """The convolutions that can run in 8 bits, as (owner, attribute), by the name of their unit or head.
 
-    Those that are computed before enlarging are no convolutions then, and stay in floats.
+    Those that are computed before enlarging are no convolutions then, and stay in floats; so do those that read the
+    image, for its gray levels would be rounded to steps of about their own size.
     """
     found: dict[str, tuple[nn.Module, str]] = {}
     for name, part in module.named_modules():
-        if isinstance(part, ConvUnit) and not (isinstance(part, UpConvUnit) and part.scale >= 4):
-            found[name] = (part, "conv")
+        if isinstance(part, ConvUnit):
+            conv = part.conv.value if isinstance(part.conv, GatedConv) else part.conv
+            reads_image = isinstance(conv, nn.Conv2d) and conv.in_channels == IMAGE_CHANNELS
+            if not reads_image and not (isinstance(part, UpConvUnit) and part.scale >= 4):
+                found[name] = (part, "conv")
         elif isinstance(part, SegmentationNetwork):
             found[f"{name}.head".removeprefix(".")] = (part, "head")
     return found

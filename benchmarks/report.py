@@ -80,13 +80,16 @@ def guidance() -> str:
 
 
 def groups() -> str:
-    """The default model on each held-out organ and slide."""
-    table = scores("default")
-    lines = ["| group | images | Dice | AJI | PQ |", "|---|---|---|---|---|"]
+    """The default model on each held-out organ and slide, and the Dice of what stands beside it."""
+    table, beside = scores("default"), {"unguided": scores("unguided"), "classical": scores("classical")}
+    lines = ["| group | images | Dice | AJI | PQ | Dice, unguided | Dice, classical |", "|---" * 7 + "|"]
     table = table[table["dataset"].isin(["nuinsseg", "tnbc"])]
     for (dataset, group), rows in table.groupby(["dataset", "group"]):  # pyright: ignore[reportGeneralTypeIssues]
-        cells = [f"{rows[metric].mean():.3f}" for metric in ("dice", "aji", "pq")]
-        lines.append(f"| {dataset}: {group} | {len(rows)} | " + " | ".join(cells) + " |")
+        cells = [rows[metric].mean() for metric in ("dice", "aji", "pq")]
+        for others in beside.values():
+            same = of_set(others, str(dataset))
+            cells.append(same.take(np.flatnonzero(np.isin(same["id"], rows["id"].tolist())))["dice"].mean())
+        lines.append(f"| {dataset}: {group} | {len(rows)} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
     return "\n".join(lines)
 
 
@@ -108,13 +111,13 @@ def training() -> str:
     return "\n".join(lines)
 
 
-def reach() -> str:
-    """The default model with its attention limited after training."""
-    found = json.loads((RESULTS / "reach.json").read_text())
-    lines = ["| reach, cells | set | images | Dice | AJI | PQ |", "|---|---|---|---|---|---|"]
-    for row in found["rows"]:
-        scores = " | ".join(f"{row[name]:.3f}" for name in ("dice", "aji", "pq"))
-        lines.append(f"| {row['reach'] or 'no limit'} | {row['dataset']} | {row['images']} | {scores} |")
+def precision() -> str:
+    """The same short trainings in fp32 and in bf16."""
+    rows = json.loads((RESULTS / "precision.json").read_text())["runs"]
+    lines = ["| precision | seed | validation Dice by epoch | last epoch's loss |", "|---|---|---|---|"]
+    for row in rows:
+        epochs = ", ".join(f"{value:.3f}" for value in row["val_dice"])
+        lines.append(f"| {row['precision']} | {row['seed']} | {epochs} | {row['train_loss'][-1]:.3f} |")
     return "\n".join(lines)
 
 
@@ -147,7 +150,7 @@ def seams() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy, "guidance": guidance, "groups": groups, "screen": screen, "speed": speed, "seams": seams,
-    "training": training, "reach": reach,
+    "training": training, "precision": precision,
 }
 
 

@@ -550,7 +550,7 @@ def test_a_folder_of_something_else_says_so(tmp_path: Path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["data"], "{check}"),
+        (["data"], "{check, fetch, folds, leaks}"),
         (["data", "chekc"], "chekc"),
         (["data", "check"], "required"),
         (["data", "check", "tnbc", "nowhere"], "nowhere does not exist; expected a folder of Slide_XX/*.png"),

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from conftest import draw_tissue
 from nuguide import checkpoint
 from nuguide.datasets import Dataset, Entry
 from nuguide.datasets.splits import read_manifest
+from nuguide.evaluate import read_scores
 from nuguide.experiments import run as runner
 from nuguide.experiments.beside import classical, otsu_watershed, people
 from nuguide.experiments.cli import main
@@ -291,3 +293,25 @@ def test_the_classical_method_finds_dark_disks_and_nothing_on_glass() -> None:
     table = classical(drawn(2))
     assert isinstance(table, pd.DataFrame)
     assert len(table) == 2
+
+
+def test_the_second_annotator_and_the_classical_method_are_scored_by_command(tmp_path: Path, capsys) -> None:
+    place = tmp_path / "data" / "cryonuseg"
+    for part in ("images", "labels", "labels_annot2", "labels_annot1_round2"):
+        (place / part).mkdir(parents=True)
+    rows = ["id,group"]
+    for seed in range(2):
+        image, labels = draw_tissue(seed, (64, 64), 5, (6, 8))
+        Image.fromarray(image).save(place / "images" / f"{seed}.png")
+        for part, found in (("labels", labels), ("labels_annot2", 0 * labels), ("labels_annot1_round2", labels)):
+            Image.fromarray(found.astype(np.uint16)).save(place / part / f"{seed}.png")
+        rows.append(f"{seed},organ{seed}")
+    (place / "manifest.csv").write_text("\n".join(rows) + "\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["beside", "--data-root", str(tmp_path / "data"), "--out", str(tmp_path / "out")])
+    assert not ended.value.code
+    dice = {file.name.split(".")[0]: read_scores(file)["dice"].tolist() for file in (tmp_path / "out").iterdir()}
+    assert dice["annotator2"] == [0.0, 0.0]
+    assert dice["annotator1_round2"] == [1.0, 1.0]
+    assert min(dice["classical"]) > 0.6
+    assert "cryonuseg, 2 images, annotator2:" in capsys.readouterr().out

@@ -32,6 +32,8 @@ def run(
     patch_px: int = PAPER.patch_px,
     lr: float = PAPER.lr,
     schedule: str = PAPER.schedule,
+    normalize_stain: str = PAPER.normalize_stain,
+    latents: str = PAPER.latents,
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
@@ -53,6 +55,9 @@ def run(
         patch_px: Side of a patch at 0.5 microns per pixel.
         lr: Learning rate.
         schedule: constant, as printed, or cosine.
+        normalize_stain: macenko, reinhard, vahadane or none.
+        latents: live, or cached: each latent is computed once, and the patches of guided arms vary less (quarter turns,
+            flips and color alone), so their differences to unguided arms are no longer of the guide alone.
         seed: Of folds, weights and patches.
         device: auto, cpu or cuda.
         precision: Of training: auto, fp32 or bf16.
@@ -62,8 +67,8 @@ def run(
 
     chosen = experiment(table)
     base = dataclasses.replace(
-        PAPER, width=width, batch=batch, patch_px=patch_px, lr=lr, schedule=schedule, seed=seed, device=device,
-        precision=precision,
+        PAPER, width=width, batch=batch, patch_px=patch_px, lr=lr, schedule=schedule, normalize_stain=normalize_stain,
+        latents=latents, seed=seed, device=device, precision=precision,
     )
     run_experiment(
         chosen, open_sets(data_root, sets), out, Plan(base, guide, folds, only_folds, arms, budget),
@@ -138,6 +143,39 @@ def figures(
     return 0
 
 
+def beside(
+    data_root: Path,
+    out: Path,
+    sets: tuple[str, ...] = ("cryonuseg",),
+) -> int:
+    """Score what stands beside the arms: the classical method on every image, and the other annotations of CryoNuSeg.
+
+    Writes OUT/classical.SET.json and, for CryoNuSeg, annotator2.cryonuseg.json and annotator1_round2.cryonuseg.json.
+
+    Args:
+        data_root: Folder that holds the sets under their names.
+        out: Folder for the scores of every image.
+        sets: Which sets.
+    """
+    from .. import __version__
+    from ..datasets import read_dataset
+    from ..evaluate import summarize, write_scores
+    from .beside import classical, people
+    from .run import open_sets
+
+    out.mkdir(parents=True, exist_ok=True)
+    for name, dataset in open_sets(data_root, sets).items():
+        found = {"classical": classical(dataset)}
+        for other in ("annotator2", "annotator1_round2") if name == "cryonuseg" else ():
+            found[other] = people(dataset, read_dataset(name, data_root / name, annotator=other))
+        for who, scores in found.items():
+            facts = {"code": f"nuguide {__version__}", "what": f"{who} against the first annotation of {name}"}
+            write_scores(out / f"{who}.{name}.json", scores, facts)
+            print(f"\n{name}, {len(scores)} images, {who}:")
+            print(summarize(scores).to_string(index=False, float_format="%.3f"))
+    return 0
+
+
 def encodings(
     images: Annotated[tuple[Path, ...], tyro.conf.Positional],
     to: Path = Path("figures/encodings.png"),
@@ -162,7 +200,9 @@ def encodings(
     return 0
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"run": run, "tables": tables, "figures": figures, "encodings": encodings}
+COMMANDS: dict[str, Callable[..., int]] = {
+    "run": run, "tables": tables, "figures": figures, "beside": beside, "encodings": encodings,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -196,6 +196,17 @@ def test_a_finished_run_is_left_as_it_is_and_others_are_refused(tmp_path: Path) 
         fit(tissue, tissue, out, options, resume=False, progress=False)
     # `auto` takes what the run took, whatever this machine would choose now
     fit(tissue, tissue, out, dataclasses.replace(options, precision="auto"), progress=False)
+    # nor does an option that came after it stand in its way
+    noted = json.loads((out / "options.json").read_text())
+    del noted["normalize_stain"], noted["augmentation"]["gain"]
+    (out / "options.json").write_text(json.dumps(noted))
+    fit(tissue, tissue, out, options, progress=False)
+    with pytest.raises(UserError, match="holds a run with other options"):
+        fit(tissue, tissue, out, dataclasses.replace(options, normalize_stain="macenko"), progress=False)
+    (out / "options.json").write_text("{")
+    with pytest.raises(UserError, match=r"options\.json: is damaged"):
+        fit(tissue, tissue, out, options, progress=False)
+    (out / "options.json").write_text(json.dumps(noted))
     (out / RESUME).write_bytes((out / RESUME).read_bytes()[:1000])
     with pytest.raises(UserError, match=r"last\.ckpt: is damaged; remove it"):
         fit(tissue, tissue, out, options, progress=False)

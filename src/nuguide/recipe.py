@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 
 from .augment import Augmentation
 from .normalize import METHODS
@@ -90,3 +91,16 @@ class TrainOptions:
         for name in ("patch_px", "context_px"):         # the coarsest stride of networks and guides
             if getattr(self, name) < 0 or getattr(self, name) % 32:
                 raise UserError(f"{name} must be a multiple of 32, not {getattr(self, name)}")
+
+    def noted(self) -> dict:
+        """All options as plain JSON values."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def equal(self, noted: dict) -> bool:
+        """Whether options that were noted before, perhaps by a version that had fewer, are these.
+
+        An option that was not there yet counts as its default.
+        """
+        defaults = TrainOptions().noted()
+        augmentation = {**defaults["augmentation"], **noted.get("augmentation", {})}
+        return {**defaults, **noted, "augmentation": augmentation} == self.noted()

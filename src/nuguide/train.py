@@ -394,19 +394,20 @@ def prepare_folder(out: Path, options: TrainOptions, resume: bool) -> Path | Non
     """Make OUT and note the options; the checkpoint to continue from, or None."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        noted = json.dumps(dataclasses.asdict(options), indent=1) + "\n"
         file = out / "options.json"
         last = out / RESUME
         if last.is_file():
             if not resume:
                 raise UserError(f"{out}: holds a run already; choose another folder, or leave resuming on")
-            if not file.is_file() or file.read_text() != noted:
+            if not file.is_file() or not options.equal(json.loads(file.read_text())):
                 raise UserError(f"{out}: holds a run with other options (options.json); choose another folder")
             torch.load(last, map_location="cpu", weights_only=True)
             return last
-        file.write_text(noted)
+        file.write_text(json.dumps(options.noted(), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another folder") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{out / 'options.json'}: is damaged; remove {out} to begin the run anew") from error
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{out / RESUME}: is damaged; remove it to begin the run anew") from error
     return None

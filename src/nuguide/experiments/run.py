@@ -156,12 +156,12 @@ def run_arm(
     """Train and score one arm on one fold, unless that was done; its result file."""
     options = budgeted(arm.recipe(plan.base, plan.guide), len(fold.train), plan.budget)
     result = place / f"{arm.name}.json"
-    asked = json.loads(json.dumps(dataclasses.asdict(options)))
+    asked = options.noted()
     if result.is_file():
         facts = json.loads(result.read_text())["facts"]
         # what `auto` came to depends on the machine; a result from another one still counts
-        same = {**facts["options"], "precision": asked["precision"], "device": asked["device"]} == asked
-        if not same or facts["split_sha256"] != manifest.sha256:
+        same = {**facts["options"], "precision": asked["precision"], "device": asked["device"]}
+        if not options.equal(same) or facts["split_sha256"] != manifest.sha256:
             raise UserError(f"{result}: was made with other options or images; choose another --out")
         return result
     name = f"{dataset.name}, fold {fold.number}, {arm.title}"

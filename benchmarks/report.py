@@ -71,7 +71,17 @@ def accuracy() -> str:
 
 def guidance() -> str:
     """Guided minus unguided, image by image."""
-    guided, plain = scores("default"), scores("unguided")
+    return difference("default", "unguided")
+
+
+def flips() -> str:
+    """The default model with --flips minus without, image by image."""
+    return difference("flips", "default")
+
+
+def difference(one: str, other: str) -> str:
+    """One model's scores minus another's, image by image."""
+    guided, plain = scores(one), scores(other)
     lines = ["| set | images | Dice | AJI | PQ |", "|---|---|---|---|---|"]
     for name, title in SETS.items():
         rows = paired(of_set(guided, name), of_set(plain, name)).set_index("metric")
@@ -155,7 +165,7 @@ def seams() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy, "guidance": guidance, "groups": groups, "screen": screen, "speed": speed, "seams": seams,
-    "training": training, "precision": precision,
+    "training": training, "flips": flips, "precision": precision,
 }
 
 

@@ -213,7 +213,7 @@ def test_segment_again_skips_overwrites_and_refuses_to_mix(image, out, model, tm
     capsys.readouterr()
     assert segment(image.parent, out, model.parent / "." / "model", "--formats", "csv") == 0
     assert "(1 finished before)" in capsys.readouterr().out
-    for changed in (["--mpp", 0.5], ["--model", other]):
+    for changed in (["--mpp", 0.5], ["--model", other], ["--flips"]):
         assert segment(image, out, model, "--formats", "csv", *changed) == 2
         said = capsys.readouterr().err.splitlines()[-1]
         assert said.startswith(f"failed: {image}: ")

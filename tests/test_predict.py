@@ -187,6 +187,22 @@ def test_batches_of_1_and_of_5_give_the_same(wide):
     np.testing.assert_array_equal(labels[0], labels[1])
 
 
+def test_with_flips_a_mirrored_image_gives_the_mirrored_maps(wide):
+    torch.manual_seed(0)
+    model, told = checkpoint.build(SPEC).eval(), []
+    image = wide[:64, :96]                              # even numbers of pixels and strides: one tile
+    plain, mirrored = (Predictor(model, None, SPEC, "cpu", "fp32", flips=flips) for flips in (False, True))
+    maps = mirrored.probabilities(image, lambda done, total: told.append((done, total)))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    for axis in (0, 1):
+        turned = mirrored.probabilities(np.ascontiguousarray(np.flip(image, axis)))
+        np.testing.assert_allclose(np.flip(turned, axis + 1), maps, atol=1e-6)
+    one = plain.probabilities(np.ascontiguousarray(image[::-1]))[:, ::-1]
+    assert np.abs(one - plain.probabilities(image)).max() > 1e-4        # which the network alone does not
+    four = [plain.probabilities(np.ascontiguousarray(image[::a, ::b]))[:, ::a, ::b] for a in (1, -1) for b in (1, -1)]
+    np.testing.assert_allclose(np.mean(four, axis=0), maps, atol=1e-6)
+
+
 def test_small_tiles_overlap_by_a_quarter():
     def overlap(**options) -> int:
         return Predictor(ByColor(), None, SPEC, "cpu", "fp32", **options).overlap_px

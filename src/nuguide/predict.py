@@ -31,6 +31,7 @@ DEFAULT_MPP = 0.25          # of an image that does not say: what scanners call 
 TILE_PX, OVERLAP_PX, MARGIN_PX = 576, 128, 16     # at the network's resolution
 CONTEXT_PX = 192                                  # that the guide sees around a tile
 PHASE_PX = 32                                     # the coarsest stride of networks and guides
+MIRRORS = ((), (0,), (1,), (0, 1))                # axes of an image
 WINDOW_PX, HALO_PX = 2048, 64                     # of the separation into nuclei
 
 
@@ -47,6 +48,7 @@ class Predictor:
         tile_px, overlap_px: of the tiles, at the network's resolution. By default tiles are large, so that little is
             computed twice; where the guide resizes what it sees, they are as large as the patches of the training.
             They overlap by 128 px, small ones by a quarter.
+        flips: average the maps of the image and its three mirror images; takes four times as long.
         separation: how maps become nuclei; by default as the spec says.
     """
 
@@ -60,6 +62,7 @@ class Predictor:
         batch: int = 1,
         tile_px: int | None = None,
         overlap_px: int | None = None,
+        flips: bool = False,
         separation: Separation | None = None,
     ):
         if batch < 1:
@@ -76,7 +79,7 @@ class Predictor:
         self.spec = spec
         self.stain = StainNormalizer.from_dict(spec.stain) if spec.stain else None
         self.tile_px = tile_px or (spec.tile_px if guide is not None and resizes(guide) else TILE_PX)
-        self.batch, self._overlap_px = batch, overlap_px
+        self.batch, self._overlap_px, self.flips = batch, overlap_px, flips
         self.separation = separation or Separation(**spec.separation)
 
     @property
@@ -126,6 +129,20 @@ class Predictor:
         self, image_rgb: np.ndarray, progress: Callable[[int, int], None] | None = None
     ) -> np.ndarray:
         """Maps (2, H, W) float32 of `CHANNELS`, of an image (H, W, 3) uint8 at the network's resolution."""
+        if not self.flips:
+            return self._blended(image_rgb, progress)
+        total = np.zeros((len(CHANNELS), *image_rgb.shape[:2]), np.float32)
+        for number, axes in enumerate(MIRRORS):
+
+            def step(done: int, tiles: int, before: int = number) -> None:
+                if progress is not None:
+                    progress(before * tiles + done, len(MIRRORS) * tiles)
+
+            maps = self._blended(np.ascontiguousarray(np.flip(image_rgb, axes)), step)
+            total += np.flip(maps, tuple(axis + 1 for axis in axes))
+        return total / len(MIRRORS)
+
+    def _blended(self, image_rgb: np.ndarray, progress: Callable[[int, int], None] | None) -> np.ndarray:
         shape = image_rgb.shape[:2]
         tiles = cover(shape, max(self.tile_px, PHASE_PX), self.overlap_px, PHASE_PX)
         mapped = self._map_tiles(image_rgb, tiles, progress)

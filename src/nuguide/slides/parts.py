@@ -1,0 +1,148 @@
+"""The nuclei of one region, and their files: what a killed run finds again, and what the writers stream from."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+
+from .. import export
+from ..measure import COLUMNS
+from ..types import UserError
+from .layout import Layout, Region
+
+SUFFIX = ".npz"
+
+
+@dataclass(frozen=True)
+class Part:
+    """The nuclei that one region owns, numbered from 1 within it.
+
+    Attributes:
+        table: `measure.COLUMNS`; centroids in level-0 pixels (center of the first pixel at 0, 0) and in microns from the
+            same origin, areas and lengths in microns.
+        rings: of each nucleus in the order of the table: (N, 2) float32 x, y in fine pixels of the whole slide, the
+            center of the first at (0, 0); closed without repeating the first point; multiples of 0.5.
+        labels: (h, w) int32 of the region's window in fine pixels, values as `id` in the table.
+        top, left: where `labels` begins, in fine pixels of the slide.
+        facts: numbers about the region, such as seconds and places that could not be read.
+    """
+
+    table: pd.DataFrame
+    rings: list[np.ndarray]
+    labels: np.ndarray
+    top: int
+    left: int
+    facts: dict = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @classmethod
+    def empty(cls) -> Part:
+        """Of a region without tissue."""
+        table = pd.DataFrame({name: np.zeros(0, np.int64 if name == "id" else np.float64) for name in COLUMNS})
+        return cls(table, [], np.zeros((0, 0), np.int32), 0, 0)
+
+
+class PartStore:
+    """The parts of a slide, each a file of its own, written whole or not at all.
+
+    Args:
+        folder: where they lie. layout: of the slide.
+    """
+
+    def __init__(self, folder: Path, layout: Layout):
+        self.folder, self.layout = folder, layout
+
+    def path(self, region: Region) -> Path:
+        """The file of a region."""
+        return self.folder / (region.name + SUFFIX)
+
+    def has(self, region: Region) -> bool:
+        """Whether the region is done."""
+        return self.path(region).is_file()
+
+    def write(self, region: Region, part: Part) -> None:
+        """Keep the part of a region; UserError where the disk is full or the folder not writable."""
+        # outlines turn at half pixels, and a window is far smaller than 16,000 fine pixels
+        origin = np.array([part.left, part.top])
+        halves = [np.rint(2 * (ring - origin)).astype(np.int16) for ring in part.rings]
+        arrays = {
+            "table": part.table.to_numpy(np.float64).reshape(-1, len(COLUMNS)),
+            "rings": np.concatenate(halves) if halves else np.zeros((0, 2), np.int16),
+            "ring_lengths": np.array([len(ring) for ring in halves], np.int32),
+            "place": np.array([part.top, part.left, *part.labels.shape], np.int64),
+            "labels": packed(part.labels),
+            "facts": np.frombuffer(json.dumps(part.facts).encode(), np.uint8),
+        }
+        memory = io.BytesIO()
+        np.savez(memory, **arrays)  # pyright: ignore[reportArgumentType]
+        with export.replacing(self.path(region)) as file:
+            file.write(memory.getbuffer())
+
+    def read(self, region: Region) -> Part:
+        """The part of a region; empty where it has none (no tissue). UserError where its file is damaged."""
+        path = self.path(region)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            values = arrays["table"]
+            table = pd.DataFrame(
+                {name: values[:, i].astype(np.int64 if name == "id" else np.float64) for i, name in enumerate(COLUMNS)}
+            )
+            top, left, height, width = (int(value) for value in arrays["place"])
+            rings = arrays["rings"].astype(np.float32) / 2 + np.array([left, top], np.float32)
+            return Part(
+                table,
+                np.split(rings, np.cumsum(arrays["ring_lengths"])[:-1]) if len(table) else [],
+                unpacked(arrays["labels"], (height, width)),
+                top,
+                left,
+                json.loads(arrays["facts"].tobytes() or b"{}"),
+            )
+        except FileNotFoundError:
+            return Part.empty()
+        except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: is damaged; delete it and run the same command again") from error
+
+    def all(self) -> Iterator[tuple[Region, int, Part]]:
+        """Every region with nuclei, in order, what its nuclei count from on the slide, and its part.
+
+        The nucleus `id` of a part is number `first + id` of the slide: slide numbers run from 1 without a gap.
+        """
+        first = 0
+        for region in self.layout.regions:
+            part = self.read(region)
+            if len(part):
+                yield region, first, part
+                first += len(part)
+
+
+def packed(labels: np.ndarray) -> np.ndarray:
+    """A label map of fewer than 2^24 labels as the bytes of a PNG: few, for labels are flat."""
+    if not labels.size:
+        return np.zeros(0, np.uint8)
+    low, high = (labels & 0xFFFF).astype(np.uint16), (labels >> 16).astype(np.uint16)
+    both = low if not high.any() else np.vstack([low, high])
+    return cv2.imencode(".png", both, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].ravel()
+
+
+def unpacked(data: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The label map of `packed`, int32; ValueError where the bytes are of another size or no PNG."""
+    if not data.size:
+        return np.zeros(shape, np.int32)
+    both = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+    if both is None or both.shape[1:] != shape[1:] or both.shape[0] not in (shape[0], 2 * shape[0]):
+        raise ValueError("no label map of that size")
+    labels = both[: shape[0]].astype(np.int32)
+    if both.shape[0] == 2 * shape[0]:
+        labels |= both[shape[0] :].astype(np.int32) << 16
+    return labels

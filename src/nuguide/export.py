@@ -150,16 +150,25 @@ def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
     Raises:
         UserError: where the file cannot be read or is no such GeoJSON.
     """
+    polygons = [[ring - _QUPATH_SHIFT_PX for ring in polygon] for polygon in read_polygons(path)]
+    return _filled(polygons, shape)
+
+
+def read_polygons(path: Path) -> list[list[np.ndarray]]:
+    """The rings of every polygon of a GeoJSON file, (N, 2) float64 x, y as they stand there; see `read_geojson`.
+
+    Raises:
+        UserError: where the file cannot be read or is no such GeoJSON.
+    """
     try:
         document = json.loads(path.read_bytes())
         features = document if isinstance(document, list) else document.get("features", [document])
-        polygons = [rings for feature in features if (rings := _rings_of(feature))]
+        return [rings for feature in features if (rings := _rings_of(feature))]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the name and the permissions") from error
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"{path}: is not GeoJSON of polygons ({reason}); export it from QuPath as GeoJSON") from error
-    return _filled(polygons, shape)
 
 
 def _features(rings: dict[int, np.ndarray], table: pd.DataFrame, image_name: str) -> Iterator[str]:
@@ -205,13 +214,13 @@ def _half_pixels(rings: dict[int, np.ndarray]) -> list[np.ndarray]:
 
 
 def _rings_of(feature: dict[str, Any]) -> list[np.ndarray]:
-    """Every ring of a feature, outer ones and holes alike, (N, 2) in the frame of `measure.outlines`."""
+    """Every ring of a feature, outer ones and holes alike, (N, 2) float64."""
     geometry = feature.get("nucleusGeometry") or feature["geometry"]
     kind = geometry["type"] if geometry else None
     if kind not in ("Polygon", "MultiPolygon"):
         return []
     parts = [geometry["coordinates"]] if kind == "Polygon" else geometry["coordinates"]
-    rings = [np.array(ring, np.float64)[:, :2] - _QUPATH_SHIFT_PX for part in parts for ring in part]
+    rings = [np.array(ring, np.float64)[:, :2] for part in parts for ring in part]
     if not all(np.isfinite(ring).all() for ring in rings):
         raise ValueError("a coordinate is not finite")
     return rings

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from .stain import DENSITY, STAINS, exposed
+from .stain import DENSITY, STAINS, brightened, exposed, exposure_gain
 from .types import UserError
 
 SAMPLE = 30_000             # pixels of an image that its stains are estimated from, on a regular grid
@@ -88,19 +88,25 @@ class StainNormalizer:
         return self
 
     def apply(self, image_rgb: np.ndarray) -> np.ndarray:
-        """The image (H, W, 3) uint8 with the target's colors; the image itself where its own cannot be measured.
+        """The image (H, W, 3) uint8 with the target's colors; see `change_for`."""
+        return self.change_for(image_rgb)(image_rgb) if image_rgb.size else image_rgb
 
-        That is so for images that are blank, black, of one color, of one stain, or covered with ink: a guess would do
-        more harm than none. Raises ValueError before `fit`.
+    def change_for(self, sample_rgb: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        """What brings any part of an image to the target's colors, the image's own being measured in a sample of it.
+
+        Where they cannot be measured it changes nothing: that is so for images that are blank, black, of one color, of
+        one stain, or covered with ink, and a guess would do more harm than none. Raises ValueError before `fit`.
+
+        Args:
+            sample_rgb: (H, W, 3) uint8.
         """
         if self.target is None:
             raise ValueError("this stain normalizer has no target yet; fit it to the training images first")
-        method = METHODS[self.name]
-        if not image_rgb.size:
-            return image_rgb
-        bright_rgb = exposed(image_rgb)
-        colors = method.measure(bright_rgb)
-        return image_rgb if colors is None else method.change(bright_rgb, colors, self.target)
+        method, target, gain = METHODS[self.name], self.target, exposure_gain(sample_rgb)
+        colors = method.measure(brightened(sample_rgb, gain))
+        if colors is None:
+            return lambda image_rgb: image_rgb
+        return lambda image_rgb: method.change(brightened(image_rgb, gain), colors, target)
 
     def to_dict(self) -> dict:
         """The normalizer in plain JSON values, such as {"name": "reinhard", "mean": [...], "spread": [...]}."""

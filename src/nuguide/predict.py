@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from .networks.int8 import to_int8
 from .normalize import StainNormalizer
 from .nuclei import Nuclei
 from .resample import resampled_size, resize_image, resize_map
-from .stain import exposed
+from .stain import brightened, exposure_gain
 from .tiling import batches, blend, cover, gather
 from .types import Tile, UserError
 
@@ -122,8 +122,19 @@ class Predictor:
     def prepared(self, image_rgb: np.ndarray, mpp: float) -> np.ndarray:
         """The image (H, W, 3) uint8 as the network wants it: at its resolution, exposure and stain."""
         small = resize_image(image_rgb, resampled_size(image_rgb.shape[:2], mpp, self.spec.mpp))
-        small = exposed(small) if self.spec.exposure else small
-        return small if self.stain is None else self.stain.apply(small)
+        return self.preparation(small)(small)
+
+    def preparation(self, sample_rgb: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        """What brings any part of a picture to the exposure and stain that the network wants, as measured in a sample.
+
+        Args:
+            sample_rgb: (H, W, 3) uint8, at the network's resolution.
+        """
+        gain = exposure_gain(sample_rgb) if self.spec.exposure else 1.0
+        if self.stain is None:
+            return lambda image_rgb: brightened(image_rgb, gain)
+        change = self.stain.change_for(brightened(sample_rgb, gain))
+        return lambda image_rgb: change(brightened(image_rgb, gain))
 
     def probabilities(
         self, image_rgb: np.ndarray, progress: Callable[[int, int], None] | None = None
@@ -156,6 +167,22 @@ class Predictor:
 
         return gather(nucleus.shape, WINDOW_PX, HALO_PX, one)[0]  # pyright: ignore[reportArgumentType]
 
+    def tile_maps(self, image_rgb: np.ndarray, tiles: Sequence[Tile]) -> list[np.ndarray]:
+        """The maps of each tile (2, height, width) float32, not blended, of an image (H, W, 3) uint8 as `prepared`.
+
+        What a tile gets depends on what lies within `CONTEXT_PX` of it, and on where it starts modulo `PHASE_PX`.
+        """
+        if not self.flips:
+            return [maps for _, maps in self._map_tiles(image_rgb, list(tiles), None)]
+        sizes = [(tile.bottom - tile.top, tile.right - tile.left) for tile in tiles]
+        total = [np.zeros((len(CHANNELS), *size), np.float32) for size in sizes]
+        for axes in MIRRORS:
+            turned = [mirrored(tile, image_rgb.shape[:2], axes) for tile in tiles]
+            mapped = self._map_tiles(np.ascontiguousarray(np.flip(image_rgb, axes)), turned, None)
+            for sums, (_, maps) in zip(total, mapped, strict=True):
+                sums += np.flip(maps, tuple(axis + 1 for axis in axes)) / len(MIRRORS)
+        return total
+
     def _map_tiles(
         self, image_rgb: np.ndarray, tiles: list[Tile], progress: Callable[[int, int], None] | None
     ) -> Iterator[tuple[Tile, np.ndarray]]:
@@ -178,7 +205,8 @@ class Predictor:
         """
         assert self.guide is not None
         around = 0 if resizes(self.guide) else CONTEXT_PX
-        top, left = max(tile.top - around, 0), max(tile.left - around, 0)
+        # as far as the picture reaches, in whole strides: the latent is cut to the tile
+        top, left = (start - min(around, start // PHASE_PX * PHASE_PX) for start in (tile.top, tile.left))
         seen = padded(image_rgb[top : tile.bottom + around, left : tile.right + around], PHASE_PX)
         with self._computing():
             latent = self.guide(self._on_device(as_batch(seen[None])))
@@ -224,6 +252,13 @@ class Predictor:
             if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):     # on GPU; on CPU
                 raise MemoryError("a tile does not fit into memory; lower --batch") from error
             raise
+
+
+def mirrored(tile: Tile, shape: tuple[int, int], axes: tuple[int, ...]) -> Tile:
+    """Where a tile of an image of `shape` lies once the image is flipped along `axes`; its core is all of it."""
+    top, bottom = (shape[0] - tile.bottom, shape[0] - tile.top) if 0 in axes else (tile.top, tile.bottom)
+    left, right = (shape[1] - tile.right, shape[1] - tile.left) if 1 in axes else (tile.left, tile.right)
+    return Tile(top, left, bottom, right, top, left, bottom, right)
 
 
 def resizes(guide: nn.Module) -> bool:

@@ -19,17 +19,26 @@ MOST_GAIN = 2.5
 def exposed(image_rgb: np.ndarray) -> np.ndarray:
     """The image made as bright as a well exposed slide: one gain for all channels, so that colors stay.
 
-    The gain brings the 99.5th percentile of the brightest channel to 240. It lies between 1 and 2.5: a dark camera is
-    made up for, a bright one is left alone.
-
     Args:
         image_rgb: (H, W, 3) uint8.
 
     Returns:
         (H, W, 3) uint8; the image itself where nothing has to change.
     """
+    return brightened(image_rgb, exposure_gain(image_rgb))
+
+
+def exposure_gain(image_rgb: np.ndarray) -> float:
+    """The factor that brings the 99.5th percentile of the brightest channel of an image (H, W, 3) uint8 to 240.
+
+    It lies between 1 and 2.5: a dark camera is made up for, a bright one is left alone.
+    """
     bright = max(np.percentile(image_rgb[..., channel], 99.5) for channel in range(3))
-    gain = min(max(BRIGHT / max(bright, 1.0), 1.0), MOST_GAIN)
+    return float(min(max(BRIGHT / max(bright, 1.0), 1.0), MOST_GAIN))
+
+
+def brightened(image_rgb: np.ndarray, gain: float) -> np.ndarray:
+    """The image (H, W, 3) uint8 times a gain; the image itself where that is below 1.02, too little to matter."""
     if gain < 1.02:
         return image_rgb
     return cv2.LUT(image_rgb, np.clip(np.rint(np.arange(256) * gain), 0, 255).astype(np.uint8))

@@ -4,8 +4,8 @@ Three grids lie over each other, border to border. *Level 0* is the slide as sca
 network's resolution. The *fine* grid, the grid enlarged once or twice, is where outlines are drawn.
 
 Tiles stand at fixed places of the grid, whatever region asks for them, so a pixel near a border between two regions
-gets the same probability in both. Regions are cut where only one tile speaks. Hence every nucleus that is smaller than the
-halo is seen alike by both sides, and owned by exactly one: the one whose core holds the middle of its bounding box.
+gets the same probability in both. Regions are cut where only one tile speaks. Hence every nucleus that is smaller than
+the halo is seen alike by both sides, and owned by exactly one: the one whose core holds the middle of its bounding box.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ class Part:
     """The nuclei that one region owns, numbered from 1 within it.
 
     Attributes:
-        table: `measure.COLUMNS`; centroids in level-0 pixels (center of the first pixel at 0, 0) and in microns from the
-            same origin, areas and lengths in microns.
+        table: `measure.COLUMNS`; centroids in level-0 pixels (center of the first pixel at 0, 0) and in microns from
+            the same origin, areas and lengths in microns.
         rings: of each nucleus in the order of the table: (N, 2) float32 x, y in fine pixels of the whole slide, the
             center of the first at (0, 0); closed without repeating the first point; multiples of 0.5.
         labels: (h, w) int32 of the region's window in fine pixels, values as `id` in the table.
@@ -92,7 +92,7 @@ class PartStore:
         """The part of a region; empty where it has none (no tissue). UserError where its file is damaged."""
         path = self.path(region)
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             values = arrays["table"]
             table = pd.DataFrame(

@@ -1,0 +1,366 @@
+"""The regions of a slide, computed one after another in bounded memory: read ahead, segment, and keep on disk.
+
+While the network works on a region, the next one is read and the last one is separated into nuclei, measured and
+written; none of the three gets more than two regions ahead of the next.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby
+from typing import Protocol
+
+import numpy as np
+
+from .instances import CHANNELS, Separation, enlarge, separate
+from .measure import measure, outlines
+from .predict import CONTEXT_PX, MARGIN_PX, PHASE_PX, Predictor, resizes
+from .resample import resampled_size, resize_map
+from .slides.layout import REGION_TILES, Layout, Region
+from .slides.parts import Part, PartStore
+from .tiling import middles, ramp
+from .types import Tile, UserError
+
+log = logging.getLogger(__name__)
+
+AHEAD = 2                   # regions read, or waiting to be written, at most
+CACHED_TILES = 512          # of 1.3 MB each: the last row of tiles of a slide of 450,000 px at 40x
+SAMPLE_PX, SAMPLES = 512, 9     # windows from which exposure and stain of a slide are measured
+WHITE = 255
+
+
+class Area(Protocol):
+    """A part of a slide, in level-0 pixels: tissue, or a region of interest."""
+
+    def covers(self, top: float, left: float, bottom: float, right: float) -> bool:
+        """Whether anything of a rectangle may lie in it."""
+        ...
+
+    def holds(self, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """Whether points lie in it."""
+        ...
+
+
+class Pixels(Protocol):
+    """A slide at the network's resolution; see `slides.grid.Grid`."""
+
+    def read(self, top: int, left: int, bottom: int, right: int) -> np.ndarray:
+        """A window (h, w, 3) uint8."""
+        ...
+
+
+@dataclass(frozen=True)
+class Window:
+    """What was read of a slide for one region.
+
+    Attributes:
+        image_rgb: (H, W, 3) uint8. prepared_rgb: the same at the exposure and stain that the network wants.
+        top, left: where it begins, in grid pixels.
+        bad: (top, left, bottom, right) in grid pixels of what could not be read, and is white.
+    """
+
+    image_rgb: np.ndarray
+    prepared_rgb: np.ndarray
+    top: int
+    left: int
+    bad: tuple[tuple[int, int, int, int], ...] = ()
+
+
+@dataclass
+class Stages:
+    """Seconds spent in each stage; with several threads their sum is more than what a clock shows."""
+
+    read: float = 0.0
+    network: float = 0.0
+    nuclei: float = 0.0
+    write: float = 0.0
+
+    def add(self, stage: str, start: float) -> None:
+        """Count the time since `start` (of `time.perf_counter`)."""
+        setattr(self, stage, getattr(self, stage) + time.perf_counter() - start)
+
+
+def lay_out(slide_px: tuple[int, int], mpp: float, predictor: Predictor) -> Layout:
+    """How a slide of that size (H, W) and microns per pixel is divided for a predictor."""
+    tile_px = max(predictor.tile_px // PHASE_PX, 2) * PHASE_PX
+    overlap_px = min(-(-predictor.overlap_px // PHASE_PX), tile_px // PHASE_PX - 1) * PHASE_PX
+    # regions of one size, whatever the tiles: about 1,800 px, REGION_TILES of the default tiles
+    region_tiles = max(1, round(REGION_TILES * 448 / (tile_px - overlap_px)))
+    fine = 2 if mpp < 0.75 * predictor.spec.mpp else 1
+    grid_px = resampled_size(slide_px, mpp, predictor.spec.mpp)
+    return Layout(slide_px, mpp, grid_px, predictor.spec.mpp, fine, tile_px, overlap_px, region_tiles)
+
+
+@dataclass
+class SlideRegions:
+    """Turns regions of one slide into parts.
+
+    Whatever has been done before or is done elsewhere, a region gives the same part: tiles stand at fixed places, their
+    maps are rounded to fp16 whether they are kept for a neighbor or not, and nothing else is shared.
+
+    Attributes:
+        pixels: the slide at the network's resolution. layout: of the slide. areas: nuclei whose middle lies in all of
+            these are kept; tiles that touch none of one are not computed.
+        predictor: the model. skip_bad: take what cannot be read for white, and note it, instead of raising.
+    """
+
+    pixels: Pixels
+    layout: Layout
+    predictor: Predictor
+    areas: Sequence[Area] = ()
+    skip_bad: bool = False
+    stages: Stages = field(default_factory=Stages)
+    tiles_done: int = 0
+
+    def __post_init__(self) -> None:
+        self._kept: dict[tuple[int, int], np.ndarray] = {}
+        self._users: Counter[tuple[int, int]] = Counter()
+
+    @cached_property
+    def wanted(self) -> tuple[Region, ...]:
+        """The regions in which there is something to do."""
+        return tuple(region for region in self.layout.regions if self._covered(region.window))
+
+    def _covered(self, rectangle: Tile) -> bool:
+        return all(area.covers(*self.layout.level0(rectangle)) for area in self.areas)
+
+    @cached_property
+    def active(self) -> frozenset[tuple[int, int]]:
+        """(row, column) of the tiles that wanted regions need; the others hold nothing of the areas."""
+        asked = {place for region in self.wanted for place in region.tiles}
+        return frozenset(place for place in asked if self._covered(self.layout.tile(*place)))
+
+    @cached_property
+    def prepare(self) -> Callable[[np.ndarray], np.ndarray]:
+        """What the network's input has to undergo, as measured once for the slide in windows spread over its tissue."""
+        if self.predictor.stain is None and not self.predictor.spec.exposure:
+            return lambda image_rgb: image_rgb
+        some = self.wanted[:: max(1, len(self.wanted) // SAMPLES)][:SAMPLES]
+        windows = []
+        for region in some:
+            core = region.window
+            top = (core.core_top + core.core_bottom - SAMPLE_PX) // 2
+            left = (core.core_left + core.core_right - SAMPLE_PX) // 2
+            box = (max(top, 0), max(left, 0), top + SAMPLE_PX, left + SAMPLE_PX)
+            windows.append(self.pixels.read(*box[:2], *np.minimum(box[2:], self.layout.grid_px).tolist()))
+        side = max(max(window.shape[:2]) for window in windows)
+        sample = np.vstack([self._filled_up(window, side) for window in windows])
+        return self.predictor.preparation(sample)
+
+    @staticmethod
+    def _filled_up(window: np.ndarray, side: int) -> np.ndarray:
+        below, right = side - window.shape[0], side - window.shape[1]
+        return np.pad(window, ((0, below), (0, right), (0, 0)), mode="edge")
+
+    def run(self, regions: Sequence[Region], store: PartStore, done: Callable[[Region, int], None]) -> None:
+        """Compute regions and keep their parts.
+
+        Args:
+            regions: of `wanted`, those still to do.
+            done: called, in this thread, with each region whose part is on disk and the number of its nuclei.
+
+        Raises:
+            UserError: the slide cannot be read, or the part not be written; parts that are done stay.
+            MemoryError: a tile does not fit into memory.
+        """
+        self._users = Counter(place for region in regions for place in region.tiles if place in self.active)
+        self._kept.clear()
+        with ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "finish") as finishing:
+            waiting: deque[tuple[Region, Future[Window]]] = deque()
+            ending: deque[tuple[Region, Future[int]]] = deque()
+            remaining = iter(regions)
+            try:
+                for region in self._next(remaining, AHEAD):
+                    waiting.append((region, reading.submit(self.read, region)))
+                while waiting:
+                    region, window = waiting.popleft()
+                    image = window.result()
+                    waiting.extend((one, reading.submit(self.read, one)) for one in self._next(remaining, 1))
+                    maps = self.maps(region, image)
+                    ending.append((region, finishing.submit(self._finish, region, image, maps, store)))
+                    while len(ending) > AHEAD or (ending and not waiting):
+                        finished, count = ending.popleft()
+                        done(finished, count.result())
+            finally:
+                for _, future in (*waiting, *ending):
+                    future.cancel()
+
+    @staticmethod
+    def _next(regions: Iterator[Region], count: int) -> list[Region]:
+        return [region for _, region in zip(range(count), regions, strict=False)]
+
+    def _finish(self, region: Region, window: Window, maps: np.ndarray, store: PartStore) -> int:
+        start = time.perf_counter()
+        part = self.part(region, window, maps)
+        self.stages.add("nuclei", start)
+        start = time.perf_counter()
+        store.write(region, part)
+        self.stages.add("write", start)
+        return len(part)
+
+    def read(self, region: Region) -> Window:
+        """The pixels that a region needs: its window, and its tiles with the context that the guide sees.
+
+        Raises:
+            UserError: they cannot be read, and `skip_bad` is not set.
+        """
+        start = time.perf_counter()
+        guide = self.predictor.guide
+        around = 0 if guide is None or resizes(guide) else CONTEXT_PX
+        boxes = [region.window, *(self.layout.tile(*place) for place in region.tiles if place in self.active)]
+        height, width = self.layout.grid_px
+        # tiles have to start at multiples of PHASE_PX of what they are cut from
+        top = max(min(box.top for box in boxes) - around, 0) // PHASE_PX * PHASE_PX
+        left = max(min(box.left for box in boxes) - around, 0) // PHASE_PX * PHASE_PX
+        bottom = min(max(box.bottom for box in boxes) + around, height)
+        right = min(max(box.right for box in boxes) + around, width)
+        bad: list[tuple[int, int, int, int]] = []
+        try:
+            image = self.pixels.read(top, left, bottom, right)
+        except UserError as error:
+            if not self.skip_bad:
+                raise
+            log.warning("%s: read piece by piece", error)
+            image = self._read_in_blocks(top, left, bottom, right, bad)
+        window = Window(image, self.prepare(image), top, left, tuple(bad))
+        self.stages.add("read", start)
+        return window
+
+    def _read_in_blocks(
+        self, top: int, left: int, bottom: int, right: int, bad: list[tuple[int, int, int, int]]
+    ) -> np.ndarray:
+        """A window block by block, blocks that cannot be read white and listed (top, left, bottom, right) in `bad`.
+
+        Blocks lie at fixed places of the grid, so that neighboring regions see the same.
+        """
+        image = np.full((bottom - top, right - left, 3), WHITE, np.uint8)
+        step = self.layout.stride_px
+        for block_top in range(top // step * step, bottom, step):
+            for block_left in range(left // step * step, right, step):
+                box = (max(block_top, top), max(block_left, left),
+                       min(block_top + step, bottom), min(block_left + step, right))
+                try:
+                    part = self.pixels.read(*box)
+                except UserError:
+                    bad.append(box)
+                else:
+                    image[box[0] - top : box[2] - top, box[1] - left : box[3] - left] = part
+        return image
+
+    def maps(self, region: Region, window: Window) -> np.ndarray:
+        """Probabilities (2, h, w) float32 of a region's window; 0 where no tile was computed."""
+        start = time.perf_counter()
+        places = [place for place in region.tiles if place in self.active]
+        missing = [place for place in places if place not in self._kept]
+        box = region.window
+        total = np.zeros((len(CHANNELS), box.bottom - box.top, box.right - box.left), np.float32)
+        weights = np.zeros(total.shape[1:], np.float32)
+        computed = dict(self._computed(missing, window))
+        for place in places:
+            values = computed[place] if place in computed else self._kept[place]
+            self._add(self.layout.tile(*place), values, box, total, weights)
+        total /= np.maximum(weights, 1e-12)
+        self._keep(places, computed)
+        self.tiles_done += len(missing)
+        self.stages.add("network", start)
+        return total
+
+    def _computed(
+        self, places: Sequence[tuple[int, int]], window: Window
+    ) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+        """The maps of tiles as fp16; those at the slide's border may be of another size, and go by themselves."""
+        for _, group in groupby(places, key=lambda place: self._tile_size(place)):
+            some = list(group)
+            tiles = [shifted(self.layout.tile(*place), window.top, window.left) for place in some]
+            for place, values in zip(some, self.predictor.tile_maps(window.prepared_rgb, tiles), strict=True):
+                yield place, values.astype(np.float16)
+
+    def _tile_size(self, place: tuple[int, int]) -> tuple[int, int]:
+        tile = self.layout.tile(*place)
+        return tile.bottom - tile.top, tile.right - tile.left
+
+    def _keep(self, places: Sequence[tuple[int, int]], computed: dict[tuple[int, int], np.ndarray]) -> None:
+        """Hold on to tiles that a later region needs, as long as there is room, and let go of the others."""
+        for place in places:
+            self._users[place] -= 1
+            if self._users[place] <= 0:
+                self._kept.pop(place, None)
+            elif place in computed and len(self._kept) < CACHED_TILES:
+                self._kept[place] = computed[place]
+
+    def _add(self, tile: Tile, values: np.ndarray, box: Tile, total: np.ndarray, weights: np.ndarray) -> None:
+        """Add what a tile says of a window to sums and weights, as `tiling.blend` does for a whole image."""
+        overlap = self.layout.overlap_px
+        margin = min(MARGIN_PX, overlap // 4)
+        height, width = self.layout.grid_px
+        top, bottom = max(tile.top, box.top), min(tile.bottom, box.bottom)
+        left, right = max(tile.left, box.left), min(tile.right, box.right)
+        inside = slice(top - tile.top, bottom - tile.top), slice(left - tile.left, right - tile.left)
+        rows = ramp(tile.top, tile.bottom, height, overlap, margin)[inside[0]]
+        columns = ramp(tile.left, tile.right, width, overlap, margin)[inside[1]]
+        weight = rows[:, None] * columns
+        here = slice(top - box.top, bottom - box.top), slice(left - box.left, right - box.left)
+        total[:, *here] += values[:, *inside] * weight
+        weights[here] += weight
+
+    def part(self, region: Region, window: Window, maps: np.ndarray) -> Part:
+        """The nuclei that a region owns, measured."""
+        box = shifted(region.window, window.top, window.left)
+        image_rgb = window.image_rgb[box.window]
+        part = nuclei_of(maps, image_rgb, region.window, self.layout, self.predictor.separation, self.areas)
+        if not window.bad:
+            return part
+        bad = np.rint(np.array(window.bad) * np.tile(self.layout.grid_scale, 2)).astype(int).tolist()
+        return replace(part, facts={"bad": bad})
+
+
+def nuclei_of(
+    maps: np.ndarray, image_rgb: np.ndarray, box: Tile, layout: Layout, separation: Separation, areas: Sequence[Area]
+) -> Part:
+    """The nuclei in the maps of a region's window whose middle lies in its core and in all areas.
+
+    Args:
+        maps: (2, h, w) float32 and image_rgb: (h, w, 3) uint8, both of the window `box`, in grid pixels.
+    """
+    nucleus, interior = maps
+    labels = separate(nucleus, interior, layout.grid_mpp, separation)
+    ids, y, x = middles(labels)
+    y, x = y + box.top, x + box.left
+    own = box.owns(y, x)
+    for area in areas:
+        scale_y, scale_x = layout.grid_scale
+        own[own] = area.holds((y[own] + 0.5) * scale_y, (x[own] + 0.5) * scale_x)
+    if not own.any():
+        return Part.empty()
+    size = labels.shape[0] * layout.fine, labels.shape[1] * layout.fine
+    # neighbors that others own are enlarged too, for they bound ours, and only then left out
+    fine = enlarge(labels, nucleus, size, separation.nucleus)
+    number = np.zeros(labels.max() + 1, np.int32)
+    number[ids[own]] = 1
+    number[np.setdiff1d(ids, np.unique(fine))] = 0
+    number = np.cumsum(number, dtype=np.int32) * number
+    fine = number[fine]
+    rings = outlines(fine)
+    enlarged_rgb = image_rgb.repeat(layout.fine, 0).repeat(layout.fine, 1)
+    table = measure(fine, enlarged_rgb, layout.fine_mpp, resize_map(nucleus, size), rings)
+    top, left = box.top * layout.fine, box.left * layout.fine
+    fine_y, fine_x = layout.fine_scale
+    for axis, start, scale in (("x", left, fine_x), ("y", top, fine_y)):
+        pixels = (table[f"centroid_{axis}_px"] + start + 0.5) * scale - 0.5
+        table[f"centroid_{axis}_px"] = pixels
+        table[f"centroid_{axis}_um"] = pixels * layout.mpp
+    origin = np.array([left, top], np.float32)
+    return Part(table, [ring + origin for ring in rings.values()], fine, top, left)
+
+
+def shifted(tile: Tile, top: int, left: int) -> Tile:
+    """A tile in the pixels of a window that begins at (top, left)."""
+    rows = tile.top - top, tile.bottom - top
+    columns = tile.left - left, tile.right - left
+    return Tile(rows[0], columns[0], rows[1], columns[1], rows[0], columns[0], rows[1], columns[1])

@@ -1,0 +1,1 @@
+"""Whole slides: opened, read at any resolution, and searched for tissue."""

@@ -114,7 +114,8 @@ def draw_block(side_px: int, mpp: float, rng: np.random.Generator, density: floa
         density: nuclei per pixel at 0.25 microns per pixel; fewer are drawn where there is no room.
     """
     fiber = cv2.GaussianBlur(rng.normal(0, 1, (side_px, side_px)).astype(np.float32), (0, 0), 3 / mpp / 2)
-    image = np.array(STROMA_RGB, np.float32) + 12 * (fiber / fiber.std())[..., None] * np.array([0.4, 1.0, 0.6], np.float32)
+    fiber = 12 * (fiber / fiber.std())[..., None] * np.array([0.4, 1.0, 0.6], np.float32)
+    image = np.array(STROMA_RGB, np.float32) + fiber
     chromatin = cv2.GaussianBlur(rng.normal(0, 1, (side_px, side_px)).astype(np.float32), (0, 0), 0.5 / mpp)
     chromatin /= chromatin.std()
     labels = np.zeros((side_px, side_px), np.int32)

@@ -146,18 +146,18 @@ def _read_block(
     shrinks = rows.scale >= 1 and columns.scale >= 1
     first_row, by_row = axis_weights(rows, top, bottom, shrinks)
     first_column, by_column = axis_weights(columns, left, right, shrinks)
-    old = read(first_row, first_column, np.shape(by_row)[1], np.shape(by_column)[1])
+    old = read(first_row, first_column, _shape(by_row)[1], _shape(by_column)[1])
     return _weighted(old, by_row, by_column)
 
 
 def _weighted(image: np.ndarray, by_row: csr_array, by_column: csr_array) -> np.ndarray:
     """(H, W, 3) uint8 -> (rows of `by_row`, rows of `by_column`, 3) uint8."""
     width = image.shape[1]
-    result = np.empty((np.shape(by_row)[0], np.shape(by_column)[0], 3), np.uint8)
+    result = np.empty((_shape(by_row)[0], _shape(by_column)[0], 3), np.uint8)
     for start in range(0, len(result), _STRIP_PX):
         part = by_row[start : start + _STRIP_PX]
         first, last = part.indices.min(), part.indices.max()
-        weights = csr_array((part.data, part.indices - first, part.indptr), shape=(np.shape(part)[0], last + 1 - first))
+        weights = csr_array((part.data, part.indices - first, part.indptr), shape=(_shape(part)[0], last + 1 - first))
         between = weights @ image[first : last + 1].reshape(-1, width * 3).astype(np.float32)
         between *= 2.0 ** (_BETWEEN_BITS - WEIGHT_BITS)
         turned = np.rint(between, out=between).reshape(-1, width, 3).swapaxes(0, 1).reshape(width, -1)
@@ -166,6 +166,11 @@ def _weighted(image: np.ndarray, by_row: csr_array, by_column: csr_array) -> np.
         np.clip(np.rint(strip, out=strip), 0, 255, out=strip)
         result[start : start + _STRIP_PX] = strip.reshape(len(strip), -1, 3).swapaxes(0, 1)
     return result
+
+
+def _shape(matrix: csr_array) -> tuple[int, int]:
+    rows, columns = matrix.shape  # pyright: ignore[reportGeneralTypeIssues]  SciPy declares that it may be None
+    return rows, columns
 
 
 def _cubic(distance: np.ndarray) -> np.ndarray:

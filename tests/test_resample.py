@@ -6,7 +6,17 @@ import cv2
 import numpy as np
 import pytest
 
-from nuguide.resample import nearest_index, resampled_size, resize_image, resize_labels, resize_map
+from nuguide.resample import (
+    WEIGHT_BITS,
+    Axis,
+    axis_weights,
+    nearest_index,
+    read_resized,
+    resampled_size,
+    resize_image,
+    resize_labels,
+    resize_map,
+)
 
 
 @pytest.mark.parametrize(
@@ -102,3 +112,50 @@ def test_image_labels_and_maps_stay_within_half_a_pixel_of_each_other(size: tupl
     ):
         assert moved.shape == size
         assert np.all(np.abs(center(moved) - truth) * size < 0.5)
+
+
+def test_weights_by_hand() -> None:
+    one = 2**WEIGHT_BITS
+    # 5 pixels over 2: each new pixel has two old ones and half of the one between
+    first, weights = axis_weights(Axis(5, 2, 2.5), 0, 2, shrinks=True)
+    share = one * 2 / 5
+    assert first == 0
+    assert np.abs(weights.toarray() - [[share, share, share / 2, 0, 0], [0, 0, share / 2, share, share]]).max() <= 1
+    # 2 pixels over 4: the second new center lies a quarter of a pixel behind the first old one
+    first, weights = axis_weights(Axis(2, 4, 0.5), 1, 2, shrinks=False)
+    t, a = 0.25, -0.75
+    before, there = a * (t + 1) ** 3 - 5 * a * (t + 1) ** 2 + 8 * a * (t + 1) - 4 * a, (a + 2) * t**3 - (a + 3) * t**2 + 1
+    assert weights.toarray()[0] / one == pytest.approx([before + there, 1 - before - there], abs=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0163, 2, 2.5, 7.3, 0.7])
+def test_weights_of_every_pixel_add_up_to_one_and_know_no_window(scale: float) -> None:
+    axis = Axis(1000, int(1000 / scale), scale)
+    _, whole = axis_weights(axis, 0, axis.new, shrinks=scale >= 1)
+    assert np.all(whole.sum(1) == 2**WEIGHT_BITS)
+    first, some = axis_weights(axis, 50, 60, shrinks=scale >= 1)
+    assert np.array_equal(some.toarray(), whole.toarray()[50:60, first : first + some.toarray().shape[1]])
+
+
+@pytest.mark.parametrize("size", [(60, 80), (47, 63), (24, 32), (119, 159), (171, 229), (9, 11)])
+def test_an_image_in_blocks_is_the_image_at_once(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)
+    rows, columns = (Axis(old, new, old / new) for old, new in zip(noise.shape, size, strict=False))
+
+    def read(top: int, left: int, height: int, width: int) -> np.ndarray:
+        assert top >= 0
+        assert left >= 0
+        return noise[top : top + height, left : left + width]
+
+    whole = read_resized(read, rows, columns, (0, 0, *size))
+    assert np.abs(whole.astype(int) - resize_image(noise, size)).max() <= 1
+    monkeypatch.setattr("nuguide.resample._BLOCK_PX", 37)
+    assert np.array_equal(read_resized(read, rows, columns, (0, 0, *size)), whole)
+
+
+def test_a_flat_color_stays_what_it_is() -> None:
+    flat = np.full((100, 100, 3), (255, 1, 128), np.uint8)
+    for new in (30, 77, 99, 143):
+        axis = Axis(100, new, 100 / new)
+        resized = read_resized(lambda t, l, h, w: flat[t : t + h, l : l + w], axis, axis, (0, 0, new, new))  # noqa: E741
+        assert np.unique(resized.reshape(-1, 3), axis=0).tolist() == [[255, 1, 128]]

@@ -14,6 +14,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -40,7 +41,7 @@ TRANSPARENT = "transparent areas are shown on white"
 TURNED = "turned upright as its orientation tag says; all results are in the turned frame"
 
 _OPENERS = {b"\x89PNG\r\n\x1a\n": PngImageFile, b"\xff\xd8\xff": JpegImageFile, b"BM": BmpImageFile}
-_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PHOTOMETRICS = (
     tifffile.PHOTOMETRIC.MINISWHITE,
     tifffile.PHOTOMETRIC.MINISBLACK,
@@ -64,7 +65,7 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     8: np.rot90,
 }
 _TELLING_ERRORS = (OSError, SyntaxError, zlib.error, lzma.LZMAError, tifffile.TiffFileError)
-_DECODER_ERRORS = (
+DECODER_ERRORS = (
     *_TELLING_ERRORS,
     EOFError,
     ValueError,
@@ -114,20 +115,26 @@ def read_image(path: Path, max_pixels: int | None = None) -> Image:
     """
     limit = _pixel_limit() if max_pixels is None else max_pixels
     path = Path(path)
+    with plain_errors(path), path.open("rb") as file:
+        start = file.read(32)
+        file.seek(0)
+        if start.startswith(TIFF_STARTS):
+            return _read_tiff(file, limit)
+        for magic, opener in _OPENERS.items():
+            if start.startswith(magic):
+                return _read_picture(file, opener, start, limit)
+        raise UserError("is not a PNG, JPEG, TIFF or BMP image, whatever its name says; convert it to one of these")
+
+
+@contextmanager
+def plain_errors(path: Path) -> Iterator[None]:
+    """UserError of one line that names the image file, for whatever is wrong with it or raised in the block."""
     try:
         if path.is_dir():
             raise UserError("is a folder; name an image file")
-        with path.open("rb") as file:
-            start = file.read(32)
-            file.seek(0)
-            if not start:
-                raise UserError("is empty (0 bytes); copy it again from its source")
-            if start.startswith(_TIFF_STARTS):
-                return _read_tiff(file, limit)
-            for magic, opener in _OPENERS.items():
-                if start.startswith(magic):
-                    return _read_picture(file, opener, start, limit)
-        raise UserError("is not a PNG, JPEG, TIFF or BMP image, whatever its name says; convert it to one of these")
+        if path.stat().st_size == 0:
+            raise UserError("is empty (0 bytes); copy it again from its source")
+        yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except FileNotFoundError as error:
@@ -136,7 +143,7 @@ def read_image(path: Path, max_pixels: int | None = None) -> Image:
         raise UserError(f"{path}: may not be read; change its permissions") from error
     except MemoryError as error:
         raise UserError(f"{path}: does not fit into memory; cut it into smaller images") from error
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         told = f" ({' '.join(str(error).split())[:100]})" if isinstance(error, _TELLING_ERRORS) else ""
         raise UserError(f"{path}: is damaged or cut short{told}; copy it again or save it anew as PNG") from error
 
@@ -204,8 +211,8 @@ def _read_picture(file: BinaryIO, opener: type[ImageFile], start: bytes, limit: 
         if opener is PngImageFile and start[24] > 8:  # bits per channel; Pillow's mode does not tell it of RGB
             raise UserError(f"has {start[24]} bits per channel; convert it to 8 bits per channel")
         picture.load()
-        mpp = _square_mpp(*(25_400 / dpi if dpi else 0 for dpi in picture.info.get("dpi", (0, 0))))
-        return _finished(*_picture_channels(picture), picture.getexif().get(_ORIENTATION, 1), mpp, [])
+        mpp = square_mpp(*(25_400 / dpi if dpi else 0 for dpi in picture.info.get("dpi", (0, 0))))
+        return finished(*_picture_channels(picture), picture.getexif().get(_ORIENTATION, 1), mpp, [])
 
 
 def _read_tiff(file: BinaryIO, limit: int) -> Image:
@@ -219,21 +226,21 @@ def _read_tiff(file: BinaryIO, limit: int) -> Image:
             raise UserError("holds no image; copy it again from its source")
         series = max(tiff.series, key=lambda one: one.keyframe.imagewidth * one.keyframe.imagelength)
         page = series.keyframe
-        _refuse_no_rgb(series, page)
-        _refuse_cut_short(series, os.fstat(file.fileno()).st_size)
+        refuse_no_rgb(series, page)
+        refuse_cut_short(series, os.fstat(file.fileno()).st_size)
         notes = [f"the file holds {len(tiff.series)} images; the largest was read"] if len(tiff.series) > 1 else []
         if series.axes == "CYX":
             notes.append("its three channels were taken for red, green and blue")
-        mpp = next((mpp for scale in _tiff_scales(tiff, page) if (mpp := _square_mpp(*scale))), None)
+        mpp = next((mpp for scale in tiff_scales(tiff, page) if (mpp := square_mpp(*scale))), None)
         orientation = page.tags.valueof("Orientation", 1)
         if page.compression in tifffile.TIFF.DECOMPRESSORS and page.photometric != tifffile.PHOTOMETRIC.YCBCR:
-            return _finished(*_tiff_channels(series, page), orientation, mpp, notes)
+            return finished(*_tiff_channels(series, page), orientation, mpp, notes)
         if orientation != 1:
             notes.append(TURNED)  # libtiff's reader in Pillow has done it
-        return _finished(*_libtiff_channels(file, series, page), 1, mpp, notes)
+        return finished(*_libtiff_channels(file, series, page), 1, mpp, notes)
 
 
-def _finished(channels: np.ndarray, alpha: str, orientation: int, mpp: float | None, notes: list[str]) -> Image:
+def finished(channels: np.ndarray, alpha: str, orientation: int, mpp: float | None, notes: list[str]) -> Image:
     """RGB from (H, W) or (H, W, 1..4) uint8, whose last channel is "straight" or "premultiplied" alpha, or not: ""."""
     channels = channels[..., None] if channels.ndim == 2 else channels
     colors = channels.shape[2] - bool(alpha)
@@ -267,7 +274,7 @@ def _picture_channels(picture: PIL.Image.Image) -> tuple[np.ndarray, str]:
     return np.array(picture), "straight" if picture.mode in ("LA", "RGBA") else ""
 
 
-def _refuse_no_rgb(series: tifffile.TiffPageSeries, page: tifffile.TiffPage) -> None:
+def refuse_no_rgb(series: tifffile.TiffPageSeries, page: tifffile.TiffPage) -> None:
     """UserError unless the series is one image of 1 to 4 channels of 8 bits that can be shown as RGB."""
     if series.dtype != np.uint8 or page.bitspersample != 8:
         raise UserError(f"has {page.bitspersample}-bit values ({series.dtype}); convert it to 8 bits per channel")
@@ -281,7 +288,7 @@ def _refuse_no_rgb(series: tifffile.TiffPageSeries, page: tifffile.TiffPage) -> 
         raise UserError(f"has colors of the kind {'CMYK' if kind == 'SEPARATED' else kind}; convert it to RGB")
 
 
-def _refuse_cut_short(series: tifffile.TiffPageSeries, size: int) -> None:
+def refuse_cut_short(series: tifffile.TiffPageSeries, size: int) -> None:
     for page in series.pages:
         parts = list(zip(page.dataoffsets, page.databytecounts, strict=False)) if page is not None else []
         if len(parts) < math.prod(series.keyframe.chunked) or any(offset + count > size for offset, count in parts):
@@ -293,15 +300,20 @@ def _tiff_channels(series: tifffile.TiffPageSeries, page: tifffile.TiffPage) -> 
     channels = series.asarray()
     if series.axes in ("SYX", "CYX"):
         channels = np.moveaxis(channels, 0, -1)
+    return tiff_colors(channels, page)
+
+
+def tiff_colors(stored: np.ndarray, page: tifffile.TiffPage) -> tuple[np.ndarray, str]:
+    """Channels and kind of alpha of `finished`, of (H, W) or (H, W, C) uint8 as stored for a page of a TIFF."""
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
-        channels = 255 - channels
+        stored = 255 - stored
     if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
-        return (np.asarray(page.colormap).T >> 8).astype(np.uint8)[channels], ""
-    count = channels.shape[2] if channels.ndim == 3 else 1
+        return (np.asarray(page.colormap).T >> 8).astype(np.uint8)[stored.reshape(stored.shape[:2])], ""
+    count = stored.shape[2] if stored.ndim == 3 else 1
     if count in (1, 3):
-        return channels, ""
+        return stored, ""
     alpha = _ALPHAS.get(page.extrasamples[-1] if page.extrasamples else 0, "")
-    return channels if alpha else channels[..., : count - 1], alpha  # a channel of no stated meaning is left out
+    return stored if alpha else stored[..., : count - 1], alpha  # a channel of no stated meaning is left out
 
 
 def _libtiff_channels(
@@ -320,11 +332,11 @@ def _libtiff_channels(
             return _picture_channels(picture)
     except PIL.Image.DecompressionBombError as error:
         raise UserError(f"is too large for {name} compression; {remedy}") from error
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         raise UserError(f"is damaged, or its {name} compression is not known; copy it again, or {remedy}") from error
 
 
-def _tiff_scales(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> Iterator[tuple[float, float]]:
+def tiff_scales(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> Iterator[tuple[float, float]]:
     """Microns per pixel in x and y as each kind of metadata states them, the most explicit first."""
     pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]*>", tiff.ome_metadata or "")
     if pixels:
@@ -342,7 +354,7 @@ def _tiff_scales(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> Iterator[t
         yield unit * x[1] / x[0], unit * y[1] / y[0]
 
 
-def _square_mpp(x_um: float, y_um: float) -> float | None:
+def square_mpp(x_um: float, y_um: float) -> float | None:
     """Microns per pixel, where they are those of a microscope and equal to 1% in x and y."""
     least, most = PLAUSIBLE_MPP
     return x_um if least <= x_um <= most and abs(x_um - y_um) <= 0.01 * x_um else None

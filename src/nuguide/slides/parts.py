@@ -27,8 +27,8 @@ class Part:
     """The nuclei that one region owns, numbered from 1 within it.
 
     Attributes:
-        table: `measure.COLUMNS`; centroids in level-0 pixels (center of the first pixel at 0, 0) and in microns from the
-            same origin, areas and lengths in microns.
+        table: `measure.COLUMNS`; centroids in level-0 pixels (center of the first pixel at 0, 0) and in microns from
+            the same origin, areas and lengths in microns.
         rings: of each nucleus in the order of the table: (N, 2) float32 x, y in fine pixels of the whole slide, the
             center of the first at (0, 0); closed without repeating the first point; multiples of 0.5.
         labels: (h, w) int32 of the region's window in fine pixels, values as `id` in the table.

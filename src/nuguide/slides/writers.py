@@ -1,9 +1,9 @@
 """The files of a slide that other programs open, each written from its parts as a stream.
 
-Every writer is a function of a store of parts, the path to write, and what there is to say about the slide. It reads the
-parts in order, one at a time or a few around one place, so memory does not grow with the slide; it fills a hidden file
-or folder and renames it when it is whole; the same parts give the same bytes. Where it fails (disk full, no such folder,
-a library missing) it leaves nothing behind and raises UserError with the remedy.
+Every writer is a function of a store of parts, the path to write, and what there is to say about the slide. It reads
+the parts in order, one at a time or a few around one place, so memory does not grow with the slide; it fills a hidden
+file or folder and renames it when it is whole; the same parts give the same bytes. Where it fails (disk full, no such
+folder, a library missing) it leaves nothing behind and raises UserError with the remedy.
 
 Frames: tables have level-0 pixels counted from the center of the first, as `measure` has; polygons count from its
 corner, as QuPath does; label maps are on the fine grid, border to border with level 0.
@@ -135,10 +135,10 @@ def write_geojson_gz(store: PartStore, path: Path, about: About) -> None:
 
 
 def _features(store: PartStore, about: About) -> Iterator[str]:
-    scale_xy, corner_xy = store.layout.fine_scale[::-1], about.bounds_px[::-1]
+    (scale_y, scale_x), (top, left) = store.layout.fine_scale, about.bounds_px
     for _, first, part in store.all(labels=False):
         table = part.table.assign(id=part.table["id"] + first)
-        yield from export.features(part.rings, table, about.slide, scale_xy, corner_xy)
+        yield from export.features(part.rings, table, about.slide, (scale_x, scale_y), (left, top))
 
 
 # Label maps
@@ -202,7 +202,11 @@ def _write_level(
 
 
 def _packed_tiles(
-    spill: IO[bytes], places: dict[tuple[int, int, int], tuple[int, int]], blank: bytes, level: int, size: tuple[int, int]
+    spill: IO[bytes],
+    places: dict[tuple[int, int, int], tuple[int, int]],
+    blank: bytes,
+    level: int,
+    size: tuple[int, int],
 ) -> Iterator[bytes]:
     """The packed tiles of a level in rows, from where they wait."""
     for row in range(-(-size[0] // _TIFF_TILE_PX)):
@@ -309,8 +313,8 @@ def write_spatialdata(store: PartStore, path: Path, about: About) -> None:
     windows = LabelWindows(store)
     if windows.nuclei > MOST_SHAPES:
         raise UserError(
-            f"{path}: not written ({windows.nuclei} nuclei, and SpatialData holds all in memory, at most {MOST_SHAPES}); "
-            "choose ome-zarr and parquet instead"
+            f"{path}: not written ({windows.nuclei} nuclei, of which SpatialData would hold all in memory, "
+            f"{MOST_SHAPES} at most); choose ome-zarr and parquet instead"
         )
     zarr = importlib.import_module("zarr")
     with export.replacing_zarr(path) as folder:
@@ -326,7 +330,7 @@ def write_spatialdata(store: PartStore, path: Path, about: About) -> None:
             for system, pixel in (("global", store.layout.fine_scale), ("microns", _label_um(store)))
         ]
         attributes = {
-            "ome": {"version": "0.5", "multiscales": [multiscales], "image-label": {}},
+            "ome": {"version": "0.5-dev-spatialdata", "multiscales": [multiscales], "image-label": {}},
             "spatialdata_attrs": {"version": "0.3"},
         }
         _write_pyramid(root.create_group(f"labels/{name}", attributes=attributes), windows)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -94,20 +95,33 @@ def write_geojson(path: Path, rings: dict[int, np.ndarray], table: pd.DataFrame,
     if list(rings) != table["id"].tolist():
         raise ValueError(f"{len(rings)} rings, {len(table)} rows: they must be of the same nuclei in the same order")
     with replacing(path) as file:
-        file.write(b'{"type":"FeatureCollection","features":[')
-        file.writelines(text.encode() for text in _features(rings, table, image_name))
-        file.write(b"]}\n")
+        write_features(file, features(list(rings.values()), table, image_name))
     return path
+
+
+def write_features(file: BinaryIO, features: Iterable[str]) -> None:
+    """A FeatureCollection of the texts of `features`, of which one at a time is in memory."""
+    file.write(b'{"type":"FeatureCollection","features":[')
+    comma = ""
+    for text in features:
+        file.write(f"{comma}{text}".encode())
+        comma = ",\n"
+    file.write(b"]}\n")
 
 
 def write_table(path: Path, table: pd.DataFrame) -> Path:
     """The table as CSV: 0.01 px, 0.001 µm and µm^2, all else to four decimals."""
+    with replacing(path) as file:
+        write_rows(file, table)
+    return path
+
+
+def write_rows(file: BinaryIO, table: pd.DataFrame, header: bool = True) -> None:
+    """The rows of `write_table`, with or without the names of the columns above."""
     decimals = {
         column: _DECIMALS.get(column, _OTHER_DECIMALS) for column in table.columns if table[column].dtype.kind == "f"
     }
-    with replacing(path) as file:
-        table.round(decimals).to_csv(file, index=False, lineterminator="\n")
-    return path
+    table.round(decimals).to_csv(file, index=False, header=header, lineterminator="\n")
 
 
 def write_overlay(path: Path, image_rgb: np.ndarray, rings: dict[int, np.ndarray]) -> Path:
@@ -129,7 +143,7 @@ def overlay(image_rgb: np.ndarray, rings: dict[int, np.ndarray]) -> np.ndarray:
     """
     picture = np.array(image_rgb, np.uint8, order="C")
     thickness = 2 if max(picture.shape[:2]) >= _WIDE_LINES_FROM_PX else 1  # OpenCV's 2 is 3 pixels
-    cv2.polylines(picture, _half_pixels(rings), True, OUTLINE_RGB, thickness, cv2.LINE_8, shift=1)
+    cv2.polylines(picture, _half_pixels(list(rings.values())), True, OUTLINE_RGB, thickness, cv2.LINE_8, shift=1)
     return picture
 
 
@@ -171,32 +185,46 @@ def read_polygons(path: Path) -> list[list[np.ndarray]]:
         raise UserError(f"{path}: is not GeoJSON of polygons ({reason}); export it from QuPath as GeoJSON") from error
 
 
-def _features(rings: dict[int, np.ndarray], table: pd.DataFrame, image_name: str) -> Iterator[str]:
-    """The text of one feature after another, with the comma before each but the first."""
+def features(
+    rings: Sequence[np.ndarray],
+    table: pd.DataFrame,
+    image_name: str,
+    scale_xy: tuple[float, float] = (1.0, 1.0),
+    corner_xy: tuple[float, float] = (0.0, 0.0),
+) -> Iterator[str]:
+    """The GeoJSON text of one nucleus after another, as `write_geojson` writes it.
+
+    Args:
+        rings: of `measure.outlines`, in the order of `table`.
+        scale_xy: pixels of the image that QuPath opens, per pixel of the rings. A coordinate that this makes a fraction
+            is rounded to 0.01 px.
+        corner_xy: where that image begins, in its own pixels, from the upper left corner of what the rings count from.
+    """
     classification = json.dumps({"name": "Nucleus", "color": OUTLINE_RGB}, separators=(",", ":"))
     names = [json.dumps(name, ensure_ascii=False) for name in MEASUREMENTS.values()]
     values = table[list(MEASUREMENTS)].to_numpy(np.float64).round(_OTHER_DECIMALS)
     if not np.isfinite(values).all():
         raise ValueError("the table holds values that are not finite: JSON has no way to write them")
-    comma = ""
-    for id, ring, row in zip(rings, _ring_texts(_half_pixels(rings)), values.tolist(), strict=True):
-        measurements = ",".join(f"{name}:{value}" for name, value in zip(names, row, strict=True))
+    texts = _ring_texts(_half_pixels(rings), scale_xy, corner_xy)
+    for id, ring, row in zip(table["id"].tolist(), texts, values.tolist(), strict=True):
+        measurements = ",".join([f"{name}:{value}" for name, value in zip(names, row, strict=True)])
         yield (
-            f'{comma}{{"type":"Feature","id":"{uuid.uuid5(uuid.NAMESPACE_URL, f"nuguide:{image_name}:{id}")}",'
+            f'{{"type":"Feature","id":"{uuid.uuid5(uuid.NAMESPACE_URL, f"nuguide:{image_name}:{id}")}",'
             f'"geometry":{{"type":"Polygon","coordinates":[{ring}]}},'
             f'"properties":{{"objectType":"detection","name":"{id}",'
             f'"classification":{classification},"measurements":{{{measurements}}}}}}}'
         )
-        comma = ",\n"
 
 
-def _ring_texts(halves: list[np.ndarray]) -> Iterator[str]:
-    """Each ring as GeoJSON, closed, in the frame of QuPath. Numbers become text by table: they are few, points many."""
+def _ring_texts(
+    halves: list[np.ndarray], scale_xy: tuple[float, float], corner_xy: tuple[float, float]
+) -> Iterator[str]:
+    """Each ring as GeoJSON, closed, in the frame of QuPath."""
     if not halves:
         return
     joined = np.concatenate(halves) + int(2 * _QUPATH_SHIFT_PX)
-    number = [f"{half // 2}.5" if half % 2 else f"{half // 2}" for half in range(joined.max() + 1)]
-    point = [f"[{number[x]},{number[y]}]" for x, y in joined.tolist()]
+    x, y = (_numbers(joined[:, axis], scale_xy[axis], corner_xy[axis]) for axis in (0, 1))
+    point = [f"[{x},{y}]" for x, y in zip(x, y, strict=True)]
     start = 0
     for ring in halves:
         stop = start + len(ring)
@@ -204,12 +232,20 @@ def _ring_texts(halves: list[np.ndarray]) -> Iterator[str]:
         start = stop
 
 
-def _half_pixels(rings: dict[int, np.ndarray]) -> list[np.ndarray]:
+def _numbers(halves: np.ndarray, scale: float, corner: float) -> list[str]:
+    """Half pixels as text in pixels, scaled, to two decimals at most; by table, for numbers are few and points many."""
+    low = int(halves.min())
+    values = (np.arange(low, halves.max() + 1) / 2 * scale - corner).round(2) + 0.0  # never -0
+    text = [f"{value:.2f}".rstrip("0").rstrip(".") for value in values.tolist()]
+    return [text[place] for place in (halves - low).tolist()]
+
+
+def _half_pixels(rings: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The simplified rings, (N, 2) int32, in half pixels: outlines turn at multiples of 0.5 only."""
     if not rings:
         return []
-    joined = np.rint(2 * np.concatenate(list(rings.values()))).astype(np.int32)
-    cuts = np.cumsum([len(ring) for ring in rings.values()])[:-1]
+    joined = np.rint(2 * np.concatenate(rings)).astype(np.int32)
+    cuts = np.cumsum([len(ring) for ring in rings])[:-1]
     return [cv2.approxPolyDP(ring, 2 * SIMPLIFY_PX, True)[:, 0] for ring in np.split(joined, cuts)]
 
 
@@ -281,8 +317,37 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
         os.replace(part, path)
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, "check the disk and the folder")
-        raise UserError(f"{path}: not written ({error.strerror or error}); {remedy}") from error
+        raise _not_written(path, error) from error
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+@contextmanager
+def replacing_zarr(path: Path) -> Iterator[Path]:
+    """Where to make a Zarr group, which becomes `path` when the block ends well and vanishes when it does not.
+
+    A Zarr group of that name is replaced; any other folder is left as it is, and refused.
+    """
+    part, old = (path.parent / f".{uuid.uuid4().hex}.{ending}" for ending in ("part", "old"))
+    try:
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if path.is_dir() and not any((path / name).is_file() for name in (".zgroup", "zarr.json")):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        yield part
+        if path.is_dir():
+            os.replace(path, old)
+        os.replace(part, path)
+    except OSError as error:
+        if old.is_dir() and not path.exists():
+            os.replace(old, path)
+        raise _not_written(path, error) from error
+    finally:
+        for folder in (part, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _not_written(path: Path, error: OSError) -> UserError:
+    remedy = _REMEDIES.get(error.errno or 0, "check the disk and the folder")
+    return UserError(f"{path}: not written ({error.strerror or error}); {remedy}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,12 +89,15 @@ class PartStore:
         with export.replacing(self.path(region)) as file:
             file.write(memory.getbuffer())
 
-    def read(self, region: Region) -> Part:
-        """The part of a region; empty where it has none (no tissue). UserError where its file is damaged."""
-        path = self.path(region)
-        try:
-            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+    def read(self, region: Region, labels: bool = True) -> Part:
+        """The part of a region; empty where it has none (no tissue). UserError where its file is damaged.
+
+        Args:
+            labels: whether the label map is unpacked, which takes most of the time; without, it is empty.
+        """
+        if not self.has(region):
+            return Part.empty()
+        with self._arrays(region) as arrays:
             values = arrays["table"]
             table = pd.DataFrame(
                 {name: values[:, i].astype(np.int64 if name == "id" else np.float64) for i, name in enumerate(COLUMNS)}
@@ -103,24 +107,38 @@ class PartStore:
             return Part(
                 table,
                 np.split(rings, np.cumsum(arrays["ring_lengths"])[:-1]) if len(table) else [],
-                unpacked(arrays["labels"], (height, width)),
+                unpacked(arrays["labels"], (height, width)) if labels else np.zeros((0, 0), np.int32),
                 top,
                 left,
                 json.loads(arrays["facts"].tobytes() or b"{}"),
             )
-        except FileNotFoundError:
-            return Part.empty()
+
+    def count(self, region: Region) -> int:
+        """How many nuclei a region has, without reading more than that."""
+        if not self.has(region):
+            return 0
+        with self._arrays(region) as arrays:
+            return len(arrays["ring_lengths"])
+
+    @contextmanager
+    def _arrays(self, region: Region) -> Iterator[Mapping[str, np.ndarray]]:
+        """The arrays of a region's file, each read when it is asked for; UserError where the block finds damage."""
+        path = self.path(region)
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                yield arrays
         except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: is damaged; delete it and run the same command again") from error
 
-    def all(self) -> Iterator[tuple[Region, int, Part]]:
+    def all(self, labels: bool = True) -> Iterator[tuple[Region, int, Part]]:
         """Every region with nuclei, in order, what its nuclei count from on the slide, and its part.
 
-        The nucleus `id` of a part is number `first + id` of the slide: slide numbers run from 1 without a gap.
+        The nucleus `id` of a part is number `first + id` of the slide: slide numbers run from 1 without a gap. `labels`
+        as in `read`.
         """
         first = 0
         for region in self.layout.regions:
-            part = self.read(region)
+            part = self.read(region, labels)
             if len(part):
                 yield region, first, part
                 first += len(part)

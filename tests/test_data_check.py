@@ -14,7 +14,8 @@ from PIL import Image
 import trees
 from nuguide import cli
 from nuguide.datasets import DATASETS
-from nuguide.datasets.check import FACTS, check
+from nuguide.datasets.check import check
+from nuguide.datasets.facts import FACTS
 from nuguide.types import UserError
 from trees import TREES, draw, save, write
 
@@ -57,7 +58,7 @@ def test_a_sound_tree_has_no_problem_but_its_number_of_images(tmp_path: Path, na
     else:
         (problem,) = problems
         assert f"holds {images} usable images, but " in problem
-        assert FACTS[name].where in problem
+        assert FACTS[name].page in problem
 
 
 def test_the_prepared_layout_is_checked_and_not_counted(tmp_path: Path):
@@ -491,7 +492,7 @@ def test_progress_is_told(tmp_path: Path):
 def test_every_set_has_its_facts_and_the_license_of_its_reader(tmp_path: Path):
     assert set(FACTS) == set(DATASETS)
     for name, tree in TREES.items():
-        assert (DATASETS[name](tree(tmp_path / name)).license or "") == FACTS[name].license
+        assert DATASETS[name](tree(tmp_path / name)).license == FACTS[name].license
 
 
 def test_the_page_on_data_states_the_facts():
@@ -501,8 +502,8 @@ def test_the_page_on_data_states_the_facts():
     assert set(shown) <= set(DATASETS)
     for name, facts in FACTS.items():
         assert f"`{name}`" in page
-        assert facts.where in page
-        assert facts.license in page
+        assert facts.page in page
+        assert (facts.license or "") in page
 
 
 # The command

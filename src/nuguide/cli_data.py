@@ -119,11 +119,12 @@ def data_fetch(
         name: nuinsseg, tnbc, dsb2018, or another.
         root: Folder to unpack it into.
     """
-    from .datasets.fetch import SOURCES, fetch, how_to_get
+    from .datasets.facts import FACTS, PUBLISHED
+    from .datasets.fetch import fetch, how_to_get
 
-    if name not in SOURCES:
-        raise UserError(f"unknown data set {name!r}; choose from {', '.join(SOURCES)}")
-    if SOURCES[name].url is None:
+    if name not in PUBLISHED:
+        raise UserError(f"unknown data set {name!r}; choose from {', '.join(PUBLISHED)}")
+    if FACTS[name].url is None:
         print(how_to_get(name, root))
         return 2
     print(f"{name} is in {fetch(name, root)}")

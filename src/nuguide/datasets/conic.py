@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from nuguide.datasets.dataset import Dataset, Entry, sound
+from nuguide.datasets.facts import FACTS
 from nuguide.datasets.files import not_found, open_array, read_table
 from nuguide.datasets.prepared import LAYOUT, is_prepared, read_prepared
 from nuguide.types import Sample, UserError
 
-LICENSE = "CC BY-NC-SA 4.0"
+LICENSE = FACTS["conic"].license
 OFFICIAL = "images.npy, labels.npy, counts.csv and patch_info.csv"
 MPP = 0.5
 IMAGES = (None, 256, 256, 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -86,6 +86,7 @@ def data_folds(
     out: Path,
     folds: int = 5,
     seed: int = 0,
+    split: Literal["grouped", "own"] = "grouped",
 ) -> int:
     """Divide data sets into folds by group (patient, slide, organ), each a split.json with parts train and val.
 
@@ -94,17 +95,22 @@ def data_folds(
         out: Folder for fold_0.json, fold_1.json and so on.
         folds: How many.
         seed: Draws the order of groups of one size.
+        split: grouped, or own for the division that belongs to a data set (conic: the 80/20 of its baseline, by source
+            image): one fold, whatever the number and seed.
     """
-    from .datasets.splits import write_folds
+    from .datasets.splits import write_folds, write_own_split
 
+    parts = open_all(data)
+    if split == "own" and len(parts) > 1:
+        raise UserError("--split own divides one data set; name one")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_folds(out, open_all(data), folds, seed)
+        written = write_own_split(out, parts[0]) if split == "own" else write_folds(out, parts, folds, seed)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
     except ValueError as error:
         raise UserError(f"{error}; choose fewer with --folds") from error
-    print(f"{folds} folds in {out}")
+    print(f"{len(written)} fold{'s' * (len(written) != 1)} in {out}")
     return 0
 
 

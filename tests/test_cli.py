@@ -24,6 +24,7 @@ import pytest
 import tifffile
 import torch
 
+import trees
 from conftest import draw_tissue
 from fakes import ByColor
 from nuguide import __version__, checkpoint, networks
@@ -559,6 +560,22 @@ def test_folds_are_written_and_leaks_between_their_parts_found(tmp_path, capsys)
     assert f"train: data/{train} " in capsys.readouterr().out
     assert nuguide("data", "folds", data, "--out", tmp_path / "more", "--folds", 7) == 2
     assert "6 groups cannot be divided into 7 folds" in capsys.readouterr().err
+
+
+def test_conics_own_split_is_one_fold_by_source(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    names_of = [f"{cohort}_{i // 2}-{i:04}" for cohort in ("crag", "glas") for i in range(10)]
+    data = f"conic={trees.conic(tmp_path / 'conic', names_of)}"
+    assert nuguide("data", "folds", data, "--out", tmp_path / "folds", "--split", "own") == 0
+    assert "1 fold in" in capsys.readouterr().out
+    assert names(tmp_path / "folds") == ["fold_0.json"]
+    split = json.loads((tmp_path / "folds" / "fold_0.json").read_text())["parts"]
+    held = {member["group"] for member in split["val"]}
+    assert (len(split["train"]), len(split["val"]), len(held)) == (16, 4, 2)       # both patches of one source of each
+    own = annotated(tmp_path / "data", 2)
+    for named, said in (((own,), "data has no split of its own; only conic"), ((data, own), "divides one data set")):
+        assert nuguide("data", "folds", *named, "--out", tmp_path / "no", "--split", "own") == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_set_behind_a_login_is_explained(tmp_path, capsys):

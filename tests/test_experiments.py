@@ -20,7 +20,7 @@ from nuguide.experiments import run as runner
 from nuguide.experiments.beside import classical, otsu_watershed, people
 from nuguide.experiments.cli import main
 from nuguide.experiments.figures import bars, components, encodings, forest, panels, save, violins
-from nuguide.experiments.run import Plan, budgeted, folds_of, open_sets, run
+from nuguide.experiments.run import Plan, budgeted, divide, folds_of, open_sets, run
 from nuguide.experiments.specs import EXPERIMENTS, PAPER, Arm, experiment
 from nuguide.experiments.tables import differences, latex, markdown, results, summary
 from nuguide.guides import GUIDES, load_guide
@@ -99,6 +99,20 @@ def test_each_image_is_tested_once_and_no_organ_stands_in_two_parts() -> None:
         assert all(parts)
         assert sum(len(part) for part in parts) == len(set.union(*parts)) == 7
         assert sorted(fold.train + fold.val + fold.test) == list(range(35))
+
+
+def test_conic_on_its_own_split_is_one_fold_that_tests_a_fifth_of_the_sources() -> None:
+    pytest.importorskip("sklearn")
+    groups = [f"{cohort}_{number}" for cohort in ("consep", "dpath") for number in range(10) for _ in range(3)]
+    plan = dataclasses.replace(PLAN, split="own")
+    (fold,) = divide("conic", groups, plan)
+    parts = [{groups[i] for i in part} for part in (fold.train, fold.val, fold.test)]
+    assert [len(part) for part in parts] == [13, 3, 4]
+    assert len(set.union(*parts)) == 20
+    assert {groups[i].split("_")[0] for i in fold.test} == {"consep", "dpath"}
+    assert len(divide("conic", groups, PLAN)) == 3
+    with pytest.raises(UserError, match="nuinsseg has no split of its own; only conic has"):
+        divide("nuinsseg", groups, plan)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from PIL import Image
 
 from nuguide import download
 from nuguide.datasets import DATASETS, fetch, read_dataset
-from nuguide.datasets.fetch import NOTE, SOURCES, archive_path, unpack
+from nuguide.datasets.facts import FACTS, PUBLISHED
+from nuguide.datasets.fetch import NOTE, archive_path, unpack
 from nuguide.types import UserError
 
 
@@ -93,7 +94,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.start()
         state.url = f"http://127.0.0.1:{http.server_port}/archive.zip"
         for name in ("tnbc", "dsb2018"):
-            monkeypatch.setitem(SOURCES, name, replace(SOURCES[name], url=state.url))
+            monkeypatch.setitem(FACTS, name, replace(FACTS[name], url=state.url))
         yield state
         http.shutdown()
         thread.join()
@@ -179,7 +180,7 @@ def test_an_archive_that_someone_brought_is_taken(server: Server, tmp_path: Path
 def test_a_wrong_hash_is_refused_where_it_is_known(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brought: bool
 ) -> None:
-    monkeypatch.setitem(SOURCES, "tnbc", replace(SOURCES["tnbc"], sha256="0" * 64, bytes=len(TNBC)))
+    monkeypatch.setitem(FACTS, "tnbc", replace(FACTS["tnbc"], sha256="0" * 64, bytes=len(TNBC)))
     if brought:
         archive_path("tnbc", tmp_path / "tnbc").write_bytes(TNBC)
     with pytest.raises(UserError, match="sha256"):
@@ -196,7 +197,7 @@ def test_a_cut_archive_leaves_no_folder(server: Server, tmp_path: Path) -> None:
 
 def test_without_a_server_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setitem(SOURCES, "tnbc", replace(SOURCES["tnbc"], url="http://127.0.0.1:9/archive.zip"))
+    monkeypatch.setitem(FACTS, "tnbc", replace(FACTS["tnbc"], url="http://127.0.0.1:9/archive.zip"))
     monkeypatch.setattr(download.time, "sleep", lambda seconds: pytest.fail("waited for a server that is not there"))
     with pytest.raises(UserError) as caught:
         fetch.fetch("tnbc", tmp_path / "tnbc")
@@ -205,19 +206,21 @@ def test_without_a_server_the_error_says_what_to_do(tmp_path: Path, monkeypatch:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", [name for name, source in SOURCES.items() if source.url is None])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if FACTS[name].url is None])
 def test_a_set_behind_a_login_has_a_page_and_steps(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         fetch.fetch(name, tmp_path / "there")
-    for fact in (name, SOURCES[name].page, SOURCES[name].license, str(tmp_path / "there")):
+    for fact in (name, FACTS[name].page, FACTS[name].license or "?", str(tmp_path / "there")):
         assert fact in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "ROOT" not in str(caught.value)
 
 
 def test_every_source_has_a_reader_and_its_facts() -> None:
-    assert set(SOURCES) <= set(DATASETS)
-    for source in SOURCES.values():
+    assert set(PUBLISHED) == set(DATASETS) - {"folder", "qupath"}
+    for source in (FACTS[name] for name in PUBLISHED):
+        assert source.license
+        assert source.citation
         assert (source.url is None) == bool(source.steps)
         assert source.page.startswith("https://")
         assert source.url is None or source.url.startswith("https://")

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from nuguide import guides
-from nuguide.guides import GUIDES, FrozenGuide, load_guide, sam
+from nuguide.guides import GUIDES, FrozenGuide, dinov2, load_guide, sam
+from nuguide.guides.fitting import MEAN
 from nuguide.types import Sample, UserError
 
+SMALL_PX = {"dinov2_small": 224}                        # to be quick
 CATS = {281: "tabby", 282: "tiger cat", 285: "Egyptian cat"}
 
 
@@ -182,13 +184,92 @@ def test_each_size_has_the_tensors_of_the_hugging_face_file(name: str, transform
     ours.load_state_dict(ours.adapted(file), strict=True, assign=True)
 
 
+# DINOv2 against the transformers library ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dinov2_reference(transformers: ModuleType) -> Reference:
+    """Makes the library's DINOv2 with random weights, norms and layer scales too, so that all of it matters."""
+
+    def make(**shape: object) -> nn.Module:
+        torch.manual_seed(0)
+        model = transformers.Dinov2Model(transformers.Dinov2Config(image_size=518, initializer_range=0.02, **shape))
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name or "lambda" in name or name.endswith(("position_embeddings", "token")):
+                one = "lambda" in name or ("norm" in name and "weight" in name)
+                nn.init.normal_(parameter, mean=float(one), std=0.1)
+        return model.eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.mark.parametrize(("image_px", "size"), [(518, (518, 518)), (224, (140, 224)), (448, (448, 28))])
+def test_dinov2_equals_the_reference_at_every_size(image_px: int, size: tuple[int, int], dinov2_reference: Reference):
+    theirs = dinov2_reference(num_hidden_layers=2, hidden_size=48, num_attention_heads=3)
+    ours = dinov2.Dinov2Guide(depth=2, width=48, heads=3, image_px=image_px).eval().requires_grad_(False)
+    ours.load_state_dict(ours.adapted(theirs.state_dict()), strict=True)
+    image = 255 * torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    expected = theirs(as_the_library_wants_it(image)).last_hidden_state[:, 1:]             # without the class token
+    latent = ours(image)
+    assert latent.shape == (2, 48, size[0] // 14, size[1] // 14)
+    assert expected.std(dim=1).mean() > 0.05                                   # it depends on the place
+    assert largest_difference(latent.flatten(2).transpose(1, 2), expected) < 1e-4
+
+
+@pytest.mark.parametrize(("name", "width", "heads"), [("dinov2_small", 384, 6), ("dinov2_base", 768, 12)])
+def test_each_dinov2_has_the_tensors_of_the_hubs_file(name: str, width: int, heads: int, transformers: ModuleType):
+    """The hub's files have longer names for attention than the library has in memory; both load, nothing is left."""
+    config = transformers.Dinov2Config(image_size=518, hidden_size=width, num_attention_heads=heads)
+    with torch.device("meta"):
+        ours, theirs = GUIDES[name].build(None), transformers.Dinov2Model(config)
+    assert isinstance(ours, dinov2.Dinov2Guide)
+    in_memory = theirs.state_dict()
+    file = {}
+    for key, value in in_memory.items():
+        for new, old in (("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value"),
+                         ("o_proj", "output.dense")):
+            key = key.replace(f".attention.{new}.", f".attention.{old}.")
+        file[key] = value
+    assert "encoder.layer.11.attention.attention.query.bias" in file
+    assert len(file) == 223                                                    # 12 blocks of 18, and 7
+    assert file["embeddings.position_embeddings"].shape == (1, 1 + 37 * 37, width)
+    classifier = {f"dinov2.{key}": value for key, value in file.items()} | {"classifier.bias": torch.empty(2)}
+    for state in (in_memory, file, classifier):
+        ours.load_state_dict(ours.adapted(state), strict=True, assign=True)
+    own = sum(parameter.numel() for parameter in ours.parameters())
+    assert own == {"dinov2_small": 22_056_192, "dinov2_base": 86_579_712}[name]
+    assert own + width == sum(parameter.numel() for parameter in theirs.parameters())      # all but the mask token
+
+
+def test_dinov2_pads_a_broken_patch_with_the_mean_color():
+    guide = filled(dinov2.Dinov2Guide(depth=1, width=16, heads=2, image_px=224))
+    image = 255 * torch.rand(1, 3, 100, 224)                                   # 7.1 of 8 rows of patches
+    padded = torch.cat([image, torch.tensor(MEAN).view(1, 3, 1, 1).expand(1, 3, 12, 224)], dim=2)
+    assert guide(image).shape == (1, 16, 8, 16)
+    assert largest_difference(guide(image), guide(padded)) < 1e-5
+
+
+def test_dinov2_is_taken_unchecked_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setenv("NUGUIDE_CACHE", str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        load_guide("dinov2_small")
+    for fact in ("model.safetensors of facebook/dinov2-small", "https://huggingface.co/facebook/dinov2-small",
+                 "sha256 not known here, so it is taken unchecked", str(tmp_path / "dinov2-small.safetensors")):
+        assert fact in str(caught.value)
+    safetensors.torch.save_file(load_guide("dinov2_small", "random:3", 224).network.state_dict(),
+                                tmp_path / "dinov2-small.safetensors")
+    guide = load_guide("dinov2_small", image_px=224)
+    assert "dinov2-small.safetensors is taken unchecked" in caplog.text
+    assert len(guide.weights_id) == 12                          # a model pins what was found all the same
+
+
 # What SAM's guide does around and inside the encoder ------------------------------------------------------------------
 
 
 def test_the_mean_color_is_zero_to_the_encoder():
     guide = tiny_sam()
     filled(guide)
-    mean_color = torch.tensor(sam.MEAN).view(1, 3, 1, 1).expand(1, 3, 64, 64)
+    mean_color = torch.tensor(MEAN).view(1, 3, 1, 1).expand(1, 3, 64, 64)
     assert largest_difference(guide(mean_color), guide.encoder(torch.zeros(1, 3, 64, 64))) < 1e-5
 
 
@@ -197,7 +278,7 @@ def test_an_oblong_image_is_padded_after_normalizing_and_the_padding_is_cut_away
     filled(guide)
     image = 255 * torch.rand(2, 3, 40, 64)                                     # 2.5 of 4 rows of patches
     latent = guide(image)
-    padded = torch.cat([image, torch.tensor(sam.MEAN).view(1, 3, 1, 1).expand(2, 3, 24, 64)], dim=2)
+    padded = torch.cat([image, torch.tensor(MEAN).view(1, 3, 1, 1).expand(2, 3, 24, 64)], dim=2)
     assert latent.shape == (2, 256, 3, 4)
     assert largest_difference(latent, guide(padded)[:, :, :3]) < 1e-5
 
@@ -328,8 +409,8 @@ def test_every_spec_states_what_a_user_must_know(name: str):
     assert spec.citation
     assert spec.home.startswith("https://")
     assert (spec.url is None) or (spec.url.endswith(spec.filename) and spec.bytes and len(spec.sha256 or "") == 64)
-    assert spec.grid() == (64 if spec.image_px else None)
-    assert spec.grid(256) == 16
+    assert spec.grid() == ({16: 64, 14: 37}[spec.stride] if spec.image_px else None)
+    assert spec.grid(448) == {16: 28, 14: 32}[spec.stride]
 
 
 def test_unknown_names_and_sizes_list_the_choices():
@@ -350,9 +431,9 @@ def test_weights_that_are_nowhere_are_an_error_with_a_remedy(tmp_path: Path, mon
     assert "https://github.com/computational-cell-analytics/patho-sam" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["tiny", "efficientnet_lite0"])
+@pytest.mark.parametrize("name", ["tiny", "efficientnet_lite0", "dinov2_small"])
 def test_a_guide_is_frozen(name: str, tiny: str, image: Tensor):
-    guide = load_guide(name, "random:0" if name == "tiny" else None)
+    guide = load_guide(name, None if name == "efficientnet_lite0" else "random:0", SMALL_PX.get(name))
     before = guide(image)
     wrapper = nn.Sequential(guide)
     wrapper.train()
@@ -366,12 +447,14 @@ def test_a_guide_is_frozen(name: str, tiny: str, image: Tensor):
         guide(image[:, :1])
 
 
-@pytest.mark.parametrize("name", ["tiny", "efficientnet_lite0"])
+@pytest.mark.parametrize("name", ["tiny", "efficientnet_lite0", "dinov2_small"])
 def test_random_weights_are_a_seeded_control(
     name: str, tiny: str, image: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("NUGUIDE_CACHE", str(tmp_path / "cache"))
-    first, again, other = (load_guide(name, weights) for weights in ("random:1", "random:1", "random:2"))
+    first, again, other = (
+        load_guide(name, weights, SMALL_PX.get(name)) for weights in ("random:1", "random:1", "random:2")
+    )
     assert first.weights_id == "random-1"
     assert other.weights_id == "random-2"
     assert torch.equal(first(image), again(image))

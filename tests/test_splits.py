@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from nuguide.datasets.splits import (
     content_hash,
     grouped_folds,
     hold_out,
+    own_split,
     read_manifest,
     shared_content,
     shared_groups,
@@ -183,6 +185,33 @@ def test_what_is_no_manifest_is_refused_by_name(tmp_path: Path, text):
     (tmp_path / "split.json").write_text(text)
     with pytest.raises(UserError, match=r"cannot read the split manifest .*split\.json"):
         read_manifest(tmp_path / "split.json")
+
+
+CONIC = [f"{cohort}_{number}" for cohort in ("dpath", "crag", "glas", "consep", "pannuke") for number in range(1, 6)]
+
+
+def test_conics_own_split_holds_a_fifth_of_each_cohorts_sources():
+    pytest.importorskip("sklearn")
+    groups = [source for source in CONIC for _ in range(3)]
+    train, held = own_split("conic", groups)
+    assert (len(train), len(held)) == (60, 15)
+    # noted once: the first of ten draws of seed 5; sources are taken by name, so the order of patches is of no account
+    assert {groups[i] for i in held} == {"consep_4", "crag_1", "dpath_4", "glas_5", "pannuke_1"}
+    backwards = groups[::-1]
+    assert {backwards[i] for i in own_split("conic", backwards)[1]} == {groups[i] for i in held}
+
+
+def test_a_part_of_conic_has_no_own_split():
+    pytest.importorskip("sklearn")
+    with pytest.raises(UserError, match="conic: its own split needs the whole set"):
+        own_split("conic", ["consep_1", "dpath_1", "dpath_2"])
+
+
+def test_conics_own_split_without_its_library_names_the_extra(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "sklearn.model_selection", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(UserError, match=r"needs scikit-learn.*pip install 'nuguide\[train\]'"):
+        own_split("conic", ["consep_1", "consep_2"])
 
 
 def test_real_organs_are_held_out_whole(shared_data: Path):

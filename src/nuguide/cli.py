@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from . import __version__
+from .cli_data import DATA_COMMANDS, data, open_all
 from .recipe import TrainOptions
 from .types import UserError
 
@@ -284,35 +285,6 @@ def scored(part: Dataset, model: str) -> Callable[[int], None]:
     return done
 
 
-def open_all(texts: Sequence[str], annotator: str | None = None) -> list[Dataset]:
-    """The data sets that are named; UserError where there is none, or an image of one name stands in two."""
-    if not texts:
-        raise UserError("no data; name a FOLDER of images/ and labels/, or NAME=FOLDER")
-    parts = [open_data(text, annotator) for text in texts]
-    images = [(part.name, id) for part in parts for id in part.ids]
-    if len(set(images)) < len(images):
-        name, id = next(image for image in images if images.count(image) > 1)
-        raise UserError(f"two data sets called {name} have an image {id}; rename one of their folders")
-    if annotator is not None and all(part.name != "cryonuseg" for part in parts):
-        raise UserError("--annotator chooses between those of cryonuseg; leave it out")
-    return parts
-
-
-def open_data(text: str, annotator: str | None = None) -> Dataset:
-    """The data set that NAME=FOLDER or FOLDER names."""
-    from .datasets import DATASETS, read_dataset
-
-    name, equals, folder = text.partition("=")
-    if name not in DATASETS:
-        if equals and not Path(text).exists():
-            raise UserError(f"{text}: {name} is no data set; choose from {', '.join(DATASETS)}")
-        name, folder = "folder", text
-    try:
-        return read_dataset(name, Path(folder), **({"annotator": annotator} if name == "cryonuseg" else {}))
-    except ValueError as error:
-        raise UserError(f"{text}: {error}") from error
-
-
 def validation_part(part: Dataset, split: Path) -> Dataset:
     """The images of a data set that a split.json lists for validation."""
     from .datasets.splits import read_manifest
@@ -324,126 +296,7 @@ def validation_part(part: Dataset, split: Path) -> Dataset:
     return kept
 
 
-def data() -> int:
-    """Look after annotated images: check, fetch, divide into folds, find leaks between parts of a split."""
-    raise UserError(f"nuguide data: choose from {', '.join(DATA_COMMANDS)}")
-
-
-def data_check(
-    name: Annotated[str, tyro.conf.Positional],
-    root: Annotated[Path, tyro.conf.Positional],
-    /,
-    annotator: str | None = None,
-    partial: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-) -> int:
-    """Read every image and label map of a data set once and say what is wrong.
-
-    Checks that images and labels pair up, can be read, match in size, hold label numbers, show no image twice and are
-    as many as published. Exit code 0: sound; 1: problems, one a line.
-
-    Args:
-        name: Of the data set: folder, nuinsseg, tnbc, cryonuseg, monuseg, conic, dsb2018, pannuke, lizard, qupath or
-            dsb_he.
-        root: Its folder, as it was unpacked.
-        annotator: Check one annotation of CryoNuSeg: annotator1, annotator1_round2 or annotator2. Where not given, all.
-        partial: The folder holds a part of the set on purpose: do not compare the number of images.
-    """
-    from tqdm import tqdm
-
-    from .datasets.check import check, lines
-
-    bar = tqdm(desc=name, unit="image", leave=False, delay=1)  # from a second on, so that no wrong name has a bar
-
-    def read(images: int, total: int) -> None:
-        bar.total = total
-        bar.update(images - bar.n)
-
-    with bar:
-        report = check(name, root, annotator=annotator, partial=partial, watch=read)
-    if report.images:
-        print("\n".join(lines(report, root)))
-    for problem in report.problems:
-        print(f"problem: {problem}")
-    count = len(report.problems)
-    print(f"{count or 'no'} problem{'s' * (count != 1)}")
-    return 1 if report.problems else 0
-
-
-def data_leaks(
-    manifest: Annotated[Path, tyro.conf.Positional],
-    data: Annotated[tuple[str, ...], tyro.conf.Positional],
-    /,
-) -> int:
-    """Find images that are the same, or nearly so, in two parts of a split. Exit code 0: none; 1: some, one a line.
-
-    Args:
-        manifest: A split.json.
-        data: Its data sets, NAME=FOLDER.
-    """
-    from .datasets.leaks import find_leaks
-    from .datasets.splits import read_manifest
-
-    leaks = find_leaks(read_manifest(manifest), {part.name: part for part in open_all(data)})
-    for leak in leaks:
-        print(f"leak: {leak}")
-    print(f"{len(leaks) or 'no'} leak{'s' * (len(leaks) != 1)}")
-    return 1 if leaks else 0
-
-
-def data_folds(
-    data: Annotated[tuple[str, ...], tyro.conf.Positional],
-    /,
-    out: Path,
-    folds: int = 5,
-    seed: int = 0,
-) -> int:
-    """Divide data sets into folds by group (patient, slide, organ), each a split.json with parts train and val.
-
-    Args:
-        data: Annotated images, NAME=FOLDER or FOLDER, as for nuguide train.
-        out: Folder for fold_0.json, fold_1.json and so on.
-        folds: How many.
-        seed: Draws the order of groups of one size.
-    """
-    from .datasets.splits import write_folds
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_folds(out, open_all(data), folds, seed)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
-    except ValueError as error:
-        raise UserError(f"{error}; choose fewer with --folds") from error
-    print(f"{folds} folds in {out}")
-    return 0
-
-
-def data_fetch(
-    name: Annotated[str, tyro.conf.Positional],
-    root: Annotated[Path, tyro.conf.Positional],
-    /,
-) -> int:
-    """Download a data set that is open to all; of the others, say where they are and what to do.
-
-    Args:
-        name: nuinsseg, tnbc, dsb2018, or another.
-        root: Folder to unpack it into.
-    """
-    from .datasets.fetch import SOURCES, fetch, how_to_get
-
-    if name not in SOURCES:
-        raise UserError(f"unknown data set {name!r}; choose from {', '.join(SOURCES)}")
-    if SOURCES[name].url is None:
-        print(how_to_get(name, root))
-        return 2
-    print(f"{name} is in {fetch(name, root)}")
-    return 0
-
-
 COMMANDS: dict[str, Callable[..., int]] = {"segment": segment, "train": train, "evaluate": evaluate, "data": data}
-DATA_COMMANDS: dict[str, Callable[..., int]] = {
-    "check": data_check, "fetch": data_fetch, "folds": data_folds, "leaks": data_leaks,
-}
 DESCRIPTION = "Finds every nucleus in H&E histology. Start with: nuguide segment IMAGE --out DIR"
 
 

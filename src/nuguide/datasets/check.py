@@ -1,4 +1,4 @@
-"""What is published of each data set, and whether a folder holds it soundly."""
+"""Whether a folder holds a data set soundly."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from nuguide.datasets import DATASETS, Dataset
 from nuguide.datasets.conic import counts_problems
 from nuguide.datasets.cryonuseg import ANNOTATORS
 from nuguide.datasets.dataset import UnsoundError
+from nuguide.datasets.facts import FACTS
 from nuguide.datasets.files import components
 from nuguide.datasets.prepared import is_prepared
 from nuguide.datasets.splits import content_hash
@@ -22,114 +23,6 @@ from nuguide.types import Sample, UserError
 
 FEW_AREAS = 2  # one nucleus may be drawn with a speck beside it, but not as more areas
 
-
-@dataclass(frozen=True)
-class Facts:
-    """What the publisher states of a data set.
-
-    Attributes:
-        title: its full name.
-        layout: the files and folders it comes in.
-        license: as its publisher states it; "" for a user's own images.
-        where: the address to get it from; "" for a user's own images.
-        login: whether an account is needed there.
-        images: the numbers of images that a complete copy can hold, of the parts and of the whole; empty: any.
-        size: (width, height) in pixels of every image, or None where they differ.
-        nuclei: how many are published, in words.
-    """
-
-    title: str
-    layout: str
-    license: str = ""
-    where: str = ""
-    login: bool = False
-    images: tuple[int, ...] = ()
-    size: tuple[int, int] | None = None
-    nuclei: str = ""
-
-
-FACTS: dict[str, Facts] = {
-    "folder": Facts("your own images", "images/ with labels/ (instance maps) or masks/ (binary), paired by name"),
-    "nuinsseg": Facts(
-        "NuInsSeg",
-        "<species organ>/tissue images/*.png and <species organ>/label masks modify/*.tif",
-        "CC BY 4.0",
-        "https://zenodo.org/records/10518968",
-        images=(665,),
-        size=(512, 512),
-        nuclei="30,698",
-    ),
-    "tnbc": Facts(
-        "TNBC",
-        "Slide_XX/*.png and GT_XX/*.png",
-        "CC BY 4.0",
-        "https://zenodo.org/records/1175282",
-        images=(50,),
-        size=(512, 512),
-        nuclei="4,022",
-    ),
-    "cryonuseg": Facts(
-        "CryoNuSeg",
-        "tissue images/*.tif and, of each annotator, label masks modify/*.tif",
-        "CC BY-NC-SA 4.0",
-        "https://www.kaggle.com/datasets/ipateam/segmentation-of-nuclei-in-cryosectioned-he-images",
-        login=True,
-        images=(30,),
-        size=(512, 512),
-        nuclei="7,596 by annotator 1, 8,044 in the second round, 8,251 by annotator 2",
-    ),
-    "dsb_he": Facts(
-        "the color-stained part of the Data Science Bowl 2018",
-        "images/, labels/ and manifest.csv",
-        "CC0",
-        "https://bbbc.broadinstitute.org/BBBC038",
-        images=(107,),
-        size=(320, 256),
-    ),
-    "monuseg": Facts(
-        "MoNuSeg 2018",
-        "Tissue Images/*.tif with Annotations/*.xml (train), *.tif beside *.xml (test)",
-        "CC BY-NC-SA 4.0",
-        "https://monuseg.grand-challenge.org/Data/",
-        login=True,
-        images=(30, 37, 14, 44, 51),
-        size=(1000, 1000),
-    ),
-    "conic": Facts(
-        "CoNIC 2022",
-        "images.npy, labels.npy, counts.csv and patch_info.csv",
-        "CC BY-NC-SA 4.0",
-        "https://conic-challenge.grand-challenge.org/Data/",
-        login=True,
-        images=(4981,),
-        size=(256, 256),
-    ),
-    "dsb2018": Facts(
-        "the Data Science Bowl 2018 (BBBC038), training images of stage 1",
-        "stage1_train/<id>/images/<id>.png and stage1_train/<id>/masks/*.png",
-        "CC0",
-        "https://bbbc.broadinstitute.org/BBBC038",
-        images=(670,),
-    ),
-    "pannuke": Facts(
-        "PanNuke",
-        "Fold N/images/foldN/{images,types}.npy and Fold N/masks/foldN/masks.npy",
-        "CC BY-NC-SA 4.0",
-        "https://warwick.ac.uk/fac/cross_fac/tia/data/pannuke",
-        images=(2656, 2523, 2722, 2656 + 2523, 2656 + 2722, 2523 + 2722, 7901),
-        size=(256, 256),
-    ),
-    "lizard": Facts(
-        "Lizard",
-        "lizard_images1/Lizard_Images1/*.png, lizard_images2/Lizard_Images2/*.png and lizard_labels/Lizard_Labels/ "
-        "with Labels/*.mat and info.csv",
-        "non-commercial",
-        "https://warwick.ac.uk/fac/cross_fac/tia/data/lizard",
-        images=(238,),
-        nuclei="about 495,000, test images that are not public included",
-    ),
-    "qupath": Facts("your own annotations", "images with a .geojson of the same name beside each"),
-}
 
 @dataclass(frozen=True)
 class Report:
@@ -217,7 +110,7 @@ def lines(report: Report, root: Path) -> Sequence[str]:
 def source(name: str) -> str:
     """Where to get a data set, as the end of a sentence; "" for a user's own images."""
     facts = FACTS[name]
-    return f"; get it from {facts.where}" + (" (needs a login)" if facts.login else "") if facts.where else ""
+    return f"; get it from {facts.page}" + (" (needs a login)" if facts.login else "") if facts.page else ""
 
 
 def _open(name: str, root: Path, annotator: str | None, problems: list[str]) -> Dataset | None:

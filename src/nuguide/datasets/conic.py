@@ -5,22 +5,25 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from nuguide.datasets.dataset import Dataset, Entry, sound
+from nuguide.datasets.facts import FACTS
 from nuguide.datasets.files import not_found, open_array, read_table
 from nuguide.datasets.prepared import LAYOUT, is_prepared, read_prepared
 from nuguide.types import Sample, UserError
 
-LICENSE = "CC BY-NC-SA 4.0"
+LICENSE = FACTS["conic"].license
 OFFICIAL = "images.npy, labels.npy, counts.csv and patch_info.csv"
 MPP = 0.5
 IMAGES = (None, 256, 256, 3)
 LABELS = (None, 256, 256, 2)
 TYPES = ("neutrophil", "epithelial", "lymphocyte", "plasma", "eosinophil", "connective")
+OWN_SEED, OWN_DRAWS, OWN_HELD = 5, 10, 0.2  # of its own division; the first draw is the one that is used
 COUNTS_SHOWN = 5  # faults of counts.csv that are told one by one
 
 
@@ -59,6 +62,35 @@ def read_conic(root: Path) -> Dataset:
         _entry(folder, index, *name) for index, name in enumerate(names if paired else []) if name is not None
     ]
     return sound(Dataset("conic", entries, LICENSE), root, problems)
+
+
+def conic_split(groups: Sequence[str]) -> tuple[list[int], list[int]]:
+    """(train, held) indices of the division of the challenge's baseline: 80/20 by source image, drawn by cohort.
+
+    The sources, in the order of their names, pass scikit-learn's StratifiedShuffleSplit with the cohort (what stands
+    before the first "_") as stratum, ten draws of seed 5, of which this is the first.
+
+    Args:
+        groups: the source of each patch, "consep_1" of "consep_1-0042"; their order does not matter.
+
+    Raises:
+        ValueError: a cohort with fewer than two sources, or too few sources.
+        UserError: scikit-learn is not installed.
+
+    Source: the baseline that accompanies the CoNIC challenge, Graham et al., arXiv 2111.14485.
+    """
+    try:
+        from sklearn.model_selection import StratifiedShuffleSplit
+    except ModuleNotFoundError as error:
+        raise UserError("CoNIC's own split needs scikit-learn; install it: pip install 'nuguide[train]'") from error
+    sources = np.unique(np.array(groups))
+    cohorts = [str(source).split("_")[0] for source in sources]
+    draws = StratifiedShuffleSplit(OWN_DRAWS, train_size=1 - OWN_HELD, test_size=OWN_HELD, random_state=OWN_SEED)
+    held = set(sources[next(draws.split(sources, cohorts))[1]])
+    return (
+        [index for index, group in enumerate(groups) if group not in held],
+        [index for index, group in enumerate(groups) if group in held],
+    )
 
 
 def conic_folder(root: Path) -> Path | None:

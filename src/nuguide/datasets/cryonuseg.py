@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 
 from nuguide.datasets.dataset import Dataset, Entry, sound
+from nuguide.datasets.facts import FACTS
 from nuguide.datasets.files import load_sample, not_found, pair_by_stem
 from nuguide.datasets.prepared import LAYOUT, MPP_AT_40X, is_prepared, read_prepared
 
-LICENSE = "CC BY-NC-SA 4.0"
+LICENSE = FACTS["cryonuseg"].license
 ANNOTATORS = {  # option -> (official folder, folder of the prepared layout)
     "annotator1": ("Annotator 1 (biologist)", "labels"),
     "annotator1_round2": ("Annotator 1 (biologist second round of manual marks up)", "labels_annot1_round2"),

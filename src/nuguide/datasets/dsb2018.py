@@ -9,12 +9,13 @@ import numpy as np
 from PIL import Image
 
 from nuguide.datasets.dataset import Dataset, Entry, sound
+from nuguide.datasets.facts import FACTS
 from nuguide.datasets.files import DECODING_ERRORS, files_by_stem, load_sample, natural_order, not_found, read_mask
 from nuguide.datasets.prepared import LAYOUT, is_prepared, read_prepared
 from nuguide.images import SUFFIXES
 from nuguide.types import UserError
 
-LICENSE = "CC0"
+LICENSE = FACTS["dsb2018"].license
 OFFICIAL = "stage1_train/<id>/images/<id>.png with stage1_train/<id>/masks/*.png"
 MPP = 0.33  # a guess, the median of those made for the color-stained images: the set records no magnification
 

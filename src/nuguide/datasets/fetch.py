@@ -10,9 +10,9 @@ import stat
 import tempfile
 import zipfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from nuguide.datasets.facts import FACTS, PUBLISHED, Facts
 from nuguide.download import Published, download, file_sha256
 from nuguide.types import UserError
 
@@ -24,89 +24,8 @@ CHUNK_BYTES = 1 << 20
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a data set comes from.
-
-    Attributes:
-        page: of its publishers, for people.
-        license: as they state it. citation: whom to cite.
-        url: of its archive (zip), where it can be downloaded without asking, or None.
-        sha256, bytes: of the archive, or None where they publish none; the size that the server states counts then, and
-            the checksums in the archive.
-        into: the folder under the root that the archive's content belongs in, or "".
-        steps: what a person has to do where there is no `url`.
-    """
-
-    page: str
-    license: str
-    citation: str
-    url: str | None = None
-    sha256: str | None = None
-    bytes: int | None = None
-    into: str = ""
-    steps: str = ""
-
-
-SOURCES: dict[str, Source] = {
-    "nuinsseg": Source(
-        page="https://zenodo.org/records/10518968",
-        license="CC BY 4.0",
-        citation="Mahbod et al., Scientific Data 2024, doi:10.1038/s41597-024-03117-2",
-        url="https://zenodo.org/records/10518968/files/NuInsSeg.zip?download=1",
-    ),
-    "tnbc": Source(
-        page="https://zenodo.org/records/1175282",
-        license="CC BY 4.0",
-        citation="Naylor et al., IEEE Transactions on Medical Imaging 2019, doi:10.1109/TMI.2018.2865709",
-        url="https://zenodo.org/records/1175282/files/TNBC_NucleiSegmentation.zip?download=1",
-    ),
-    "dsb2018": Source(
-        page="https://bbbc.broadinstitute.org/BBBC038",
-        license="CC0",
-        citation="Caicedo et al., Nature Methods 2019, doi:10.1038/s41592-019-0612-7",
-        url="https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip",
-        into="stage1_train",
-    ),
-    "cryonuseg": Source(
-        page="https://www.kaggle.com/datasets/ipateam/segmentation-of-nuclei-in-cryosectioned-he-images",
-        license="CC BY-NC-SA 4.0",
-        citation="Mahbod et al., Computers in Biology and Medicine 2021, doi:10.1016/j.compbiomed.2021.104349",
-        steps="log in to Kaggle, download the archive, and unpack it so that ROOT/tissue images/ is there",
-    ),
-    "conic": Source(
-        page="https://conic-challenge.grand-challenge.org",
-        license="CC BY-NC-SA 4.0",
-        citation="Graham et al., Medical Image Analysis 2024, doi:10.1016/j.media.2023.103047",
-        steps="log in to grand-challenge, join the challenge, download the training data, and put images.npy, "
-        "labels.npy and patch_info.csv into ROOT",
-    ),
-    "monuseg": Source(
-        page="https://monuseg.grand-challenge.org/Data",
-        license="CC BY-NC-SA 4.0",
-        citation="Kumar et al., IEEE Transactions on Medical Imaging 2017, doi:10.1109/TMI.2017.2677499",
-        steps="download the training data through the links on the page, and unpack it so that ROOT/Tissue Images/ and "
-        "ROOT/Annotations/ are there",
-    ),
-    "pannuke": Source(
-        page="https://warwick.ac.uk/fac/cross_fac/tia/data/pannuke",
-        license="CC BY-NC-SA 4.0",
-        citation="Gamper et al., arXiv:2003.10778",
-        steps="download the three folds from the page, and unpack them so that ROOT/Fold 1/images/fold1/images.npy and "
-        "so on are there",
-    ),
-    "lizard": Source(
-        page="https://warwick.ac.uk/fac/cross_fac/tia/data/lizard",
-        license="non-commercial",
-        citation="Graham et al., ICCV Workshops 2021, arXiv:2108.11195",
-        steps="download images and labels from the page, and unpack them so that ROOT/lizard_images1/, "
-        "ROOT/lizard_images2/ and ROOT/lizard_labels/ are there",
-    ),
-}
-
-
 def fetch(name: str, root: Path) -> Path:
-    """The data set `name` of `SOURCES` in the folder `root`, as its reader takes it; downloaded where it is not there.
+    """A data set of `PUBLISHED` in the folder `root`, as its reader takes it; downloaded where it is not there.
 
     The archive gathers beside `root` and is deleted once it is unpacked; a download that was cut goes on where it
     stopped. The folder appears in one step, with a `SOURCE.json` that says where it comes from, with the SHA-256 of the
@@ -117,9 +36,9 @@ def fetch(name: str, root: Path) -> Path:
         UserError: no open download (the message has the page and the steps), no server, a damaged or refused archive,
             a folder that holds something else, a full disk.
     """
-    if name not in SOURCES:
-        raise ValueError(f"unknown data set {name!r}; choose from {', '.join(SOURCES)}")
-    source = SOURCES[name]
+    if name not in PUBLISHED:
+        raise ValueError(f"unknown data set {name!r}; choose from {', '.join(PUBLISHED)}")
+    source = FACTS[name]
     if source.url is None:
         raise UserError(how_to_get(name, root))
     if (root / NOTE).is_file():
@@ -140,7 +59,7 @@ def fetch(name: str, root: Path) -> Path:
 
 def how_to_get(name: str, root: Path) -> str:
     """One line that says what a person has to do to have a data set without an open download."""
-    source = SOURCES[name]
+    source = FACTS[name]
     steps = source.steps.replace("ROOT", str(root))
     return f"{name} ({source.license}) has no open download; see {source.page}: {steps}. Cite {source.citation}"
 
@@ -150,8 +69,9 @@ def archive_path(name: str, root: Path) -> Path:
     return root.with_name(f"{root.name}.{name}.zip")
 
 
-def _published(name: str, source: Source, archive: Path) -> Published:
+def _published(name: str, source: Facts, archive: Path) -> Published:
     assert source.url is not None
+    assert source.license is not None
     return Published(
         what=f"the images of {name}",
         filename=archive.name,
@@ -164,7 +84,7 @@ def _published(name: str, source: Source, archive: Path) -> Published:
     )
 
 
-def _unpack_to_root(archive: Path, root: Path, source: Source) -> None:
+def _unpack_to_root(archive: Path, root: Path, source: Facts) -> None:
     """Unpack beside `root` and move the result there; nothing is left behind where that fails."""
     try:
         made = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}."))

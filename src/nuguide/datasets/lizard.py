@@ -10,11 +10,12 @@ import numpy as np
 import scipy.io
 
 from nuguide.datasets.dataset import Dataset, Entry, sound
+from nuguide.datasets.facts import FACTS
 from nuguide.datasets.files import DECODING_ERRORS, Row, files_by_stem, load_sample, not_found, read_table
 from nuguide.datasets.prepared import LAYOUT, is_prepared, read_prepared
 from nuguide.types import UserError
 
-LICENSE = "non-commercial"
+LICENSE = FACTS["lizard"].license
 OFFICIAL = "'lizard_images1/Lizard_Images1/', 'lizard_images2/Lizard_Images2/' and 'lizard_labels/Lizard_Labels/'"
 IMAGE_FOLDERS = ("lizard_images1", "lizard_images2")
 MPP = 0.5

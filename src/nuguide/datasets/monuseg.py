@@ -12,11 +12,12 @@ import numpy as np
 import skimage.draw
 
 from nuguide.datasets.dataset import Dataset, Entry, sound
+from nuguide.datasets.facts import FACTS
 from nuguide.datasets.files import load_sample, not_found, pair_by_stem
 from nuguide.datasets.prepared import LAYOUT, MPP_AT_40X, is_prepared, read_prepared
 from nuguide.types import UserError
 
-LICENSE = "CC BY-NC-SA 4.0"
+LICENSE = FACTS["monuseg"].license
 OFFICIAL = "'Tissue Images/*.tif' with 'Annotations/*.xml' (train) or *.tif beside *.xml (test)"
 PARTS = ("train", "test")
 PATIENT = re.compile(r"TCGA-\w{2}-\w{4}")

@@ -9,6 +9,7 @@ import numpy as np
 from scipy import ndimage
 
 from nuguide.datasets.dataset import Dataset, Entry, sound
+from nuguide.datasets.facts import FACTS
 from nuguide.datasets.files import (
     components,
     load_sample,
@@ -20,7 +21,7 @@ from nuguide.datasets.files import (
 from nuguide.datasets.prepared import LAYOUT, MPP_AT_40X, is_prepared, read_prepared
 from nuguide.types import Sample, UserError
 
-LICENSE = "CC BY 4.0"
+LICENSE = FACTS["nuinsseg"].license
 OFFICIAL = "folders of organs, such as 'human bladder', with 'tissue images/' and 'label masks modify/'"
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from nuguide.datasets.dataset import Dataset, Entry, sound
+from nuguide.datasets.facts import FACTS
 from nuguide.datasets.files import not_found, open_array
 from nuguide.datasets.prepared import LAYOUT, MPP_AT_40X, is_prepared, read_prepared
 from nuguide.types import Sample, UserError
 
-LICENSE = "CC BY-NC-SA 4.0"
+LICENSE = FACTS["pannuke"].license
 OFFICIAL = "'Fold 1/' to 'Fold 3/', each with images/foldN/{images,types}.npy and masks/foldN/masks.npy"
 FOLDS = (1, 2, 3)
 IMAGES = (None, 256, 256, 3)

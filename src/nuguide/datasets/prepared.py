@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from nuguide.datasets.dataset import Dataset, Entry, sound
+from nuguide.datasets.facts import FACTS
 from nuguide.datasets.files import Row, load_sample, not_found, pair_by_stem, read_table
 from nuguide.types import Sample, UserError
 
@@ -25,7 +26,7 @@ def read_dsb_he(root: Path) -> Dataset:
 
     Source: Caicedo et al., Nature Methods 2019, doi:10.1038/s41592-019-0612-7.
     """
-    return read_prepared(root, name="dsb_he", license="CC0", mpp=_guessed_mpp, group_column="source")
+    return read_prepared(root, name="dsb_he", license=FACTS["dsb_he"].license, mpp=_guessed_mpp, group_column="source")
 
 
 def is_prepared(root: Path) -> bool:

@@ -6,16 +6,20 @@ import hashlib
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from nuguide.datasets.conic import conic_split
 from nuguide.datasets.dataset import Dataset
 from nuguide.types import UserError
 
 DRAWS = 200                 # among which a representative part is sought
+
+# Divisions that belong to a data set: its groups -> (train, held) indices.
+OWN_SPLITS: dict[str, Callable[[Sequence[str]], tuple[list[int], list[int]]]] = {"conic": conic_split}
 
 
 @dataclass(frozen=True, order=True)
@@ -59,6 +63,19 @@ def grouped_folds(groups: Sequence[str], folds: int, seed: int) -> list[tuple[li
         fold_of[group] = int(np.argmin(images_of))
         images_of[fold_of[group]] += sizes[group]
     return [_divide(groups, {group for group in fold_of if fold_of[group] == fold}) for fold in range(folds)]
+
+
+def own_split(name: str, groups: Sequence[str]) -> tuple[list[int], list[int]]:
+    """(train, held) indices of the division that belongs to the data set `name`, one of `OWN_SPLITS`.
+
+    Raises UserError where it has none, or these groups cannot be divided so.
+    """
+    if name not in OWN_SPLITS:
+        raise UserError(f"{name} has no split of its own; only {', '.join(OWN_SPLITS)} has; leave --split own out")
+    try:
+        return OWN_SPLITS[name](groups)
+    except ValueError as error:
+        raise UserError(f"{name}: its own split needs the whole set ({' '.join(str(error).split())})") from error
 
 
 def hold_out(
@@ -158,6 +175,22 @@ def write_folds(folder: Path, datasets: Sequence[Dataset], folds: int, seed: int
         indices = grouped_folds([f"{member.dataset}/{member.group}" for member in members], folds, seed)
     except ValueError as error:
         raise UserError(f"{', '.join(dataset.name for dataset in datasets)}: {error}") from error
+    return _write_divided(folder, members, indices)
+
+
+def write_own_split(folder: Path, dataset: Dataset) -> list[SplitManifest]:
+    """Writes `folder`/fold_0.json with the division that belongs to the data set (`own_split`), as `write_folds` does.
+
+    Raises UserError where it has none, an image cannot be read, or the folder not be written.
+    """
+    own_split(dataset.name, dataset.groups)                 # refused before every image is read
+    members = _members([dataset])
+    return _write_divided(folder, members, [own_split(dataset.name, [member.group for member in members])])
+
+
+def _write_divided(
+    folder: Path, members: Sequence[Member], indices: Sequence[tuple[list[int], list[int]]]
+) -> list[SplitManifest]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

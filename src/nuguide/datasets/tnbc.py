@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from nuguide.datasets.dataset import Dataset, Entry, sound
+from nuguide.datasets.facts import FACTS
 from nuguide.datasets.files import load_sample, not_found, pair_by_stem
 from nuguide.datasets.prepared import LAYOUT, MPP_AT_40X, is_prepared, read_prepared
 
-LICENSE = "CC BY 4.0"
+LICENSE = FACTS["tnbc"].license
 OFFICIAL = "Slide_01/ ... Slide_11/ with GT_01/ ... GT_11/"
 BREAST_SLIDES = range(1, 12)  # version 1.1 of the set adds slides 12 to 14, which are brain
 

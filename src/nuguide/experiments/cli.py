@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -25,6 +25,7 @@ def run(
     guide: str = "sam_vit_b",
     arms: tuple[str, ...] = (),
     folds: int = 5,
+    split: Literal["grouped", "own"] = "grouped",
     only_folds: tuple[int, ...] = (),
     budget: float = 1.0,
     width: int = PAPER.width,
@@ -48,6 +49,8 @@ def run(
         guide: Of the guided arms: sam_vit_b (the papers'), or efficientnet_lite0, which needs no download and no GPU.
         arms: Only these arms.
         folds: Folds, grouped by organ, patient or source.
+        split: grouped folds, or own: of conic the 80/20 of its baseline, by source image; one fold. Give it with
+            --sets conic.
         only_folds: Only these, counted from 0.
         budget: Factor on the steps of the papers' recipe (50 epochs).
         width: Channels of the finest level.
@@ -71,7 +74,7 @@ def run(
         latents=latents, seed=seed, device=device, precision=precision,
     )
     run_experiment(
-        chosen, open_sets(data_root, sets), out, Plan(base, guide, folds, only_folds, arms, budget),
+        chosen, open_sets(data_root, sets), out, Plan(base, guide, folds, only_folds, arms, budget, split),
         progress=sys.stderr.isatty(), said=lambda text: print(text, flush=True),
     )
     print(f"tables: nuguide-experiments tables --out {out}")
@@ -186,7 +189,8 @@ def encodings(
     Args:
         images: Image files.
         to: The PNG file to write.
-        guides: Names of guides: efficientnet_lite0, sam_vit_b, sam_vit_l, sam_vit_h, medsam, pathosam.
+        guides: Names of guides: efficientnet_lite0, sam_vit_b, sam_vit_l, sam_vit_h, medsam, pathosam,
+            dinov2_small, dinov2_base.
     """
     from ..guides import load_guide
     from ..images import read_image

@@ -4,7 +4,8 @@
     OUT/SET/foldK/ARM/              the training run; ARM.json beside it holds the scores of the test images
 
 Groups (organs, patients, sources) are dealt to K folds; each fold is tested once, with a model that was trained and
-chosen on the others, so no test image chooses anything. Arms that several experiments share are run once.
+chosen on the others, so no test image chooses anything. Arms that several experiments share are run once. A data set
+that has a division of its own may be run on that instead: one fold.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 
 from .. import __version__
 from ..datasets import Dataset, read_dataset
-from ..datasets.splits import SplitManifest, grouped_folds, hold_out, read_manifest, write_manifest
+from ..datasets.splits import SplitManifest, grouped_folds, hold_out, own_split, read_manifest, write_manifest
 from ..evaluate import evaluate, write_scores
 from ..machine import keep_freed_memory
 from ..predict import load
@@ -44,6 +45,7 @@ class Plan:
         base: options that all arms share. guide: of the guided arms that name none.
         folds: how many, grouped. only_folds: if any, these alone. arms: if any, these alone, by name.
         budget: factor on the steps of `base`.
+        split: "grouped", or "own" for the one division that belongs to a data set (`splits.OWN_SPLITS`).
     """
 
     base: TrainOptions
@@ -52,6 +54,7 @@ class Plan:
     only_folds: Sequence[int] = ()
     arms: Sequence[str] = ()
     budget: float = 1.0
+    split: str = "grouped"
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,26 @@ class Fold:
 
 def folds_of(groups: Sequence[str], count: int, seed: int) -> list[Fold]:
     """`count` folds, no group in two parts of one; each image is tested in exactly one."""
-    folds = []
-    for number, (rest, test) in enumerate(grouped_folds(groups, count, seed)):
-        train, val = hold_out([groups[i] for i in rest], VAL_SHARE, seed)
-        folds.append(Fold(number, [rest[i] for i in train], [rest[i] for i in val], test))
-    return folds
+    return [
+        fold_of(number, groups, rest, test, seed)
+        for number, (rest, test) in enumerate(grouped_folds(groups, count, seed))
+    ]
+
+
+def fold_of(number: int, groups: Sequence[str], rest: list[int], test: list[int], seed: int) -> Fold:
+    """The fold that tests these images, and holds `VAL_SHARE` of the rest out to choose the epoch by."""
+    train, val = hold_out([groups[i] for i in rest], VAL_SHARE, seed)
+    return Fold(number, [rest[i] for i in train], [rest[i] for i in val], test)
+
+
+def divide(name: str, groups: Sequence[str], plan: Plan) -> list[Fold]:
+    """The folds of a set as planned; UserError where it has too few groups for them, or no division of its own."""
+    if plan.split == "own":
+        return [fold_of(0, groups, *own_split(name, groups), plan.base.seed)]
+    try:
+        return folds_of(groups, plan.folds, plan.base.seed)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}; choose fewer with --folds") from error
 
 
 def budgeted(options: TrainOptions, images: int, budget: float) -> TrainOptions:
@@ -113,11 +131,7 @@ def run(
     chosen = [experiment.arm(name) for name in plan.arms] or list(experiment.arms)
     files = []
     for set_name, dataset in sets.items():
-        try:
-            divided = folds_of(dataset.groups, plan.folds, plan.base.seed)
-        except ValueError as error:
-            raise UserError(f"{set_name}: {error}; choose fewer with --folds") from error
-        for fold in divided:
+        for fold in divide(set_name, dataset.groups, plan):
             if plan.only_folds and fold.number not in plan.only_folds:
                 continue
             place = out / set_name / f"fold{fold.number}"

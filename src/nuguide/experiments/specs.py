@@ -161,6 +161,8 @@ EXPERIMENTS = {
                 _guide("sam_vit_h", "SAM ViT-H"),
                 _guide("medsam", "MedSAM"),
                 _guide("pathosam", "PathoSAM"),
+                _guide("dinov2_small", "DINOv2 ViT-S/14"),
+                _guide("dinov2_base", "DINOv2 ViT-B/14"),
                 _guide("efficientnet_lite0", "EfficientNet-Lite0"),
             ),
             "x_gfb_efficientnet_lite0",

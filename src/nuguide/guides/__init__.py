@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..types import UserError
-from . import efficientnet, sam
+from . import dinov2, efficientnet, sam
 from .weights import GuideSpec, file_sha256, find_weights, load_state, remedy
 
 __all__ = ["GUIDES", "FrozenGuide", "GuideSpec", "load_guide"]
@@ -21,11 +21,18 @@ log = logging.getLogger(__name__)
 SAM_SIZES_PX = (sam.NATIVE_PX, 512, 256)
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_HOME = "https://github.com/facebookresearch/segment-anything"
+DINOV2_SIZES_PX = (dinov2.NATIVE_PX, 448, 224)          # 448 and 224 put 32 and 16 patches on a side
+DINOV2_CITATION = "Oquab et al., DINOv2: Learning Robust Visual Features without Supervision, arXiv 2304.07193"
 SAM_CITATION = "Kirillov et al., Segment Anything, ICCV 2023, arXiv 2304.02643"
 
 
 def _adapt_sam(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     assert isinstance(network, sam.SamGuide)
+    return network.adapted(state)
+
+
+def _adapt_dinov2(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    assert isinstance(network, dinov2.Dinov2Guide)
     return network.adapted(state)
 
 
@@ -124,6 +131,32 @@ GUIDES = {
         license="as stated by its authors",
         home="https://github.com/computational-cell-analytics/patho-sam",
         citation="Griebel, Archit, Pape, Segment Anything for Histopathology, MIDL 2025, arXiv 2502.00408",
+    ),
+    "dinov2_small": GuideSpec(
+        name="dinov2_small",
+        build=lambda image_px: dinov2.dinov2_small(image_px or dinov2.NATIVE_PX),
+        adapt=_adapt_dinov2,
+        channels=384,
+        stride=dinov2.PATCH_PX,
+        image_px=DINOV2_SIZES_PX,
+        filename="dinov2-small.safetensors",
+        license="Apache-2.0",
+        home="https://huggingface.co/facebook/dinov2-small",
+        citation=DINOV2_CITATION,
+        hugging_face="facebook/dinov2-small",
+    ),
+    "dinov2_base": GuideSpec(
+        name="dinov2_base",
+        build=lambda image_px: dinov2.dinov2_base(image_px or dinov2.NATIVE_PX),
+        adapt=_adapt_dinov2,
+        channels=768,
+        stride=dinov2.PATCH_PX,
+        image_px=DINOV2_SIZES_PX,
+        filename="dinov2-base.safetensors",
+        license="Apache-2.0",
+        home="https://huggingface.co/facebook/dinov2-base",
+        citation=DINOV2_CITATION,
+        hugging_face="facebook/dinov2-base",
     ),
 }
 

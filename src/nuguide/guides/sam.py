@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .fitting import fitted, padded_to
+
 PATCH_PX = 16
 WINDOW = 14
 LATENT_CHANNELS = 256
 NATIVE_PX = 1024
-MEAN = (123.675, 116.28, 103.53)                        # of RGB 0..255
-STD = (58.395, 57.12, 57.375)
 BIAS_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}       # glibc maps larger blocks afresh each time, which costs more
 
 HUGGING_FACE_NAMES = (                                  # its names -> the official ones
@@ -64,15 +64,9 @@ class SamGuide(nn.Module):
         self.encoder = ImageEncoder(depth, width, heads, global_blocks, grid=image_px // PATCH_PX)
 
     def forward(self, image: Tensor) -> Tensor:
-        own_height, own_width = image.shape[-2:]
-        height, width = fitted_size(own_height, own_width, self.image_px)
-        x = image.float()
-        if (height, width) != (own_height, own_width):
-            shrinks = self.image_px < max(own_height, own_width)
-            x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False, antialias=shrinks)
-        x = (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
-        x = F.pad(x, (0, self.image_px - width, 0, self.image_px - height))
-        latent = self.encoder(x.to(self.encoder.pos_embed.dtype))
+        x = fitted(image, self.image_px)
+        height, width = x.shape[-2:]
+        latent = self.encoder(padded_to(x, self.image_px, self.image_px).to(self.encoder.pos_embed.dtype))
         return latent[..., : -(-height // PATCH_PX), : -(-width // PATCH_PX)]
 
     def adapted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -96,12 +90,6 @@ class SamGuide(nn.Module):
                 value = resized_distances(value, grid)
             result["encoder." + key] = value
         return result
-
-
-def fitted_size(height: int, width: int, longest: int) -> tuple[int, int]:
-    """Height and width with the given longest side and, up to rounding, the same aspect ratio."""
-    scale = longest / max(height, width)
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 def resized_positions(table: Tensor, grid: int) -> Tensor:

@@ -23,6 +23,7 @@ from ..types import UserError
 
 log = logging.getLogger(__name__)
 
+HUB_FILE = "model.safetensors"                          # as a file of weights is called on the Hugging Face hub
 WRAPPED_AS = ("state_dict", "model_state", "model")  # where training checkpoints keep the network among other things
 DAMAGED = (                                             # what the two readers raise on bytes that are no such file
     SafetensorError, OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError,
@@ -45,8 +46,8 @@ class GuideSpec:
             works at any size without resizing.
         filename: name of the published file, and of the one in the cache.
         url: where the file can be downloaded without asking, or None.
-        sha256: of that file, in hexadecimal, or None where the authors publish none.
-        bytes: its size, or None.
+        sha256: of that file, in hexadecimal, or None where it is not known here: then a file is taken unchecked, with a
+            note. bytes: its size, or None.
         license: of the weights, as their authors state it.
         home: page of the authors, for people.
         citation: whom to cite.
@@ -86,11 +87,15 @@ def find_weights(spec: GuideSpec, weights: Path | None = None) -> Path:
     if weights is not None:
         if not weights.is_file():
             raise UserError(f"weights file {weights} does not exist or is no file; {remedy(spec)}")
-        if file_sha256(weights) != spec.sha256:
-            log.info("%s: %s is not the published file; its sha256 is %s", spec.name, weights, file_sha256(weights))
+        found = file_sha256(weights)
+        if found != spec.sha256:
+            whether = "is not the published file" if spec.sha256 else "is taken unchecked, no published sha256 is known"
+            log.info("%s: %s %s; its sha256 is %s", spec.name, weights, whether, found)
         return weights
     cached = cache_dir() / spec.filename
     if is_published(cached, spec.sha256, spec.bytes):
+        if spec.sha256 is None:
+            log.warning("%s: %s is taken unchecked, since no published sha256 is known here", spec.name, cached)
         return cached
     if cached.exists():
         log.warning("%s is not the published file of %s (size or sha256 differ); fetching it again", cached, spec.name)
@@ -116,8 +121,10 @@ def cache_dir() -> Path:
 def remedy(spec: GuideSpec) -> str:
     """What a person can do to have the weights: the file, its source, size and hash, and where it belongs."""
     size = f"{spec.bytes} bytes ({spec.bytes / 1e6:.0f} MB)" if spec.bytes else "size unknown"
+    file = f"{HUB_FILE} of {spec.hugging_face}" if spec.hugging_face and spec.url is None else spec.filename
+    digest = f"sha256 {spec.sha256}" if spec.sha256 else "sha256 not known here, so it is taken unchecked"
     return (
-        f"get {spec.filename} from {spec.url or spec.home} ({size}, sha256 {spec.sha256 or 'not published'}) "
+        f"get {file} from {spec.url or spec.home} ({size}, {digest}) "
         f"and save it as {cache_dir() / spec.filename}, or name your copy: weights=FILE"
     )
 

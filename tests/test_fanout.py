@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 
 from nuguide import export
-from nuguide.fanout import ENDINGS, Outcome, Watch, name_results, parse_formats, read_summary, segment_files
+from nuguide.fanout import ENDINGS, ImageJob, Outcome, Watch, name_results, parse_formats, read_summary, segment_files
 from nuguide.nuclei import Nuclei
 from nuguide.types import UserError
 
@@ -67,8 +67,9 @@ def squares(path: Path, count: int = 2, mode: str = "RGB") -> Path:
 
 
 def run(inputs: list[Path], out: Path, segment: Segment | None = None, **options) -> Outcome:
-    options = {"model": "squares", "formats": ["csv"]} | options
-    return segment_files(inputs, out, segment or Segment(), **options)
+    of_run = {name: options.pop(name) for name in ("overwrite", "watch", "at_once") if name in options}
+    job = ImageJob(segment or Segment(), **{"model": "squares", "formats": ["csv"]} | options)
+    return segment_files(inputs, out, lambda file: job, **of_run)
 
 
 def names(folder: Path) -> list[str]:

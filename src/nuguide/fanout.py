@@ -1,10 +1,11 @@
-"""Many images to result files: names that never collide, finished images skipped, bad ones reported at the end."""
+"""Many files to result files: names that never collide, finished files skipped, bad ones reported at the end."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -77,27 +78,91 @@ def parse_formats(text: str) -> tuple[str, ...]:
     return names
 
 
+class Job(Protocol):
+    """What is done to files of one kind.
+
+    Attributes:
+        model: what to call it in the summary. mpp: microns per pixel of all files, where the user gave it.
+        endings: of every file that a finished one leaves.
+    """
+
+    model: str
+    mpp: float | None
+    endings: Sequence[str]
+
+    def do(self, file: Path, stem: Path, watch: Watch) -> tuple[Row, str]:
+        """Segment one file into `stem` plus each ending; its row of the summary, and a line for people."""
+        ...
+
+
+@dataclass
+class ImageJob(Job):
+    """Images that fit into memory, each segmented in one go.
+
+    Attributes:
+        segment: (image (H, W, 3) uint8, mpp, progress) -> Nuclei. model: what to call it in the summary.
+        mpp: microns per pixel of all images; where not given, what each file says, else `default_mpp` with a note.
+        formats: keys of `ENDINGS`.
+    """
+
+    segment: Callable[[np.ndarray, float, Callable[[int, int], None]], Nuclei]
+    model: str
+    mpp: float | None = None
+    default_mpp: float = 0.25
+    formats: Sequence[str] = tuple(ENDINGS)
+
+    @property
+    def endings(self) -> list[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Of the formats."""
+        return [ENDINGS[name] for name in self.formats]
+
+    def do(self, file: Path, stem: Path, watch: Watch) -> tuple[Row, str]:
+        """Segment one image and write its results."""
+        start = time.perf_counter()
+        image = read_image(file)
+        used_mpp = self.mpp or image.mpp or self.default_mpp
+        notes = list(image.notes)
+        if not self.mpp:
+            notes.append(
+                f"{image.mpp:.4g} microns per pixel, from the file"
+                if image.mpp
+                else f"the file states no scale: {self.default_mpp} microns per pixel assumed (--mpp sets it)"
+            )
+        nuclei = self.segment(image.image_rgb, used_mpp, watch.tiles)
+        write_results(nuclei, image, stem, self.formats)
+        count, mm2 = len(nuclei), image.image_rgb.shape[0] * image.image_rgb.shape[1] * used_mpp**2 / 1e6
+        row = Row(
+            name=stem.name,
+            nuclei=count,
+            nuclei_per_mm2=round(count / mm2, 1),
+            mean_area_um2=round(float(np.mean(nuclei.table["area_um2"])), 2) if count else 0.0,
+            mean_probability=round(float(np.mean(nuclei.table["probability"])), 4) if count else 0.0,
+            seconds=round(time.perf_counter() - start, 2),
+            mpp=used_mpp,
+            source=str(file.resolve()),
+            model=self.model,
+        )
+        return row, f"{file.name}: {count} nuclei in {row.seconds:.1f} s" + "".join(f"; {note}" for note in notes)
+
+
 def segment_files(
     inputs: Sequence[Path],
     out: Path,
-    segment: Callable[[np.ndarray, float, Callable[[int, int], None]], Nuclei],
-    model: str,
-    mpp: float | None = None,
-    default_mpp: float = 0.25,
-    formats: Sequence[str] = tuple(ENDINGS),
+    job_for: Callable[[Path], Job],
     overwrite: bool = False,
     watch: Watch | None = None,
+    at_once: int = 1,
 ) -> Outcome:
-    """Segment image files, each into `OUT/NAME` plus one of `ENDINGS` for every format, and `OUT/summary.csv`.
+    """Segment files, each into `OUT/NAME` plus the endings of its job, and `OUT/summary.csv`.
 
-    The summary is rewritten after every image, so a run that is cut goes on where it stopped: an image is skipped when
-    its row and all its files are there.
+    The summary is rewritten after every file, so a run that is cut goes on where it stopped: a file is skipped when
+    its row and all its results are there.
 
     Args:
         inputs: files or folders.
-        segment: (image (H, W, 3) uint8, mpp, progress) -> Nuclei. model: what to call it in the summary.
-        mpp: microns per pixel of all inputs; where not given, what each file says, else `default_mpp` with a note.
-        overwrite: do finished images again.
+        job_for: what to do to a file; UserError where it cannot be told.
+        overwrite: do finished files again.
+        at_once: how many files are under way at a time, each in a thread.
 
     Raises:
         UserError: OUT cannot be made or its summary not be read. What is wrong with one input is in `Outcome.failed`.
@@ -120,70 +185,49 @@ def segment_files(
     names = name_results(files, {row.source: row.name for row in before.values()})
     if files:
         watch.begin(len(files))
-    for file, name in zip(files, names, strict=True):
+    turn = threading.Lock()
+
+    def one(file: Path, name: str) -> None:
         source = str(file.resolve())
-        line = None
+        row, line = before.get(source), None
         try:
-            row = before.get(source)
-            if not overwrite and finished(row, out, formats, model, mpp):
+            job = job_for(file)
+            if not overwrite and finished(row, out, job):
                 assert row is not None
                 outcome.skipped += 1
             else:
-                row, line = segment_file(file, out / name, segment, model, mpp, default_mpp, formats, watch)
-                before[source] = row
-                write_summary(out / SUMMARY, before.values())
+                row, line = do(job, file, out / name, watch)
+                with turn:
+                    before[source] = row
+                    write_summary(out / SUMMARY, before.values())
             outcome.rows.append(row)
         except UserError as error:
             outcome.failed.append(str(error))
             line = f"failed: {error}"
-        except MemoryError:
-            outcome.failed.append(f"{file}: does not fit into memory; cut it into smaller images, or lower --batch")
-            line = f"failed: {outcome.failed[-1]}"
         watch.end(line)
+
+    if at_once == 1:
+        for file, name in zip(files, names, strict=True):
+            one(file, name)
+    else:
+        with ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(one, files, names))
     return outcome
 
 
-def segment_file(
-    file: Path,
-    stem: Path,
-    segment: Callable[[np.ndarray, float, Callable[[int, int], None]], Nuclei],
-    model: str,
-    mpp: float | None,
-    default_mpp: float,
-    formats: Sequence[str],
-    watch: Watch,
-) -> tuple[Row, str]:
-    """Segment one file and write its results; its row of the summary, and a line for people."""
-    start = time.perf_counter()
+def do(job: Job, file: Path, stem: Path, watch: Watch) -> tuple[Row, str]:
+    """`Job.do`, with troubles that any file may have as UserError."""
     source = str(file.resolve())
     try:
         source.encode()
     except UnicodeEncodeError as error:                 # bytes that are no text, which no result file could state
         raise UserError(f"{source!a}: this name is no valid text; rename the file") from error
-    image = read_image(file)
-    used_mpp = mpp or image.mpp or default_mpp
-    notes = list(image.notes)
-    if not mpp:
-        notes.append(
-            f"{image.mpp:.4g} microns per pixel, from the file"
-            if image.mpp
-            else f"the file states no scale: {default_mpp} microns per pixel assumed (--mpp sets it)"
-        )
-    nuclei = segment(image.image_rgb, used_mpp, watch.tiles)
-    write_results(nuclei, image, stem, formats)
-    count, mm2 = len(nuclei), image.image_rgb.shape[0] * image.image_rgb.shape[1] * used_mpp**2 / 1e6
-    row = Row(
-        name=stem.name,
-        nuclei=count,
-        nuclei_per_mm2=round(count / mm2, 1),
-        mean_area_um2=round(float(np.mean(nuclei.table["area_um2"])), 2) if count else 0.0,
-        mean_probability=round(float(np.mean(nuclei.table["probability"])), 4) if count else 0.0,
-        seconds=round(time.perf_counter() - start, 2),
-        mpp=used_mpp,
-        source=source,
-        model=model,
-    )
-    return row, f"{file.name}: {count} nuclei in {row.seconds:.1f} s" + "".join(f"; {note}" for note in notes)
+    try:
+        return job.do(file, stem, watch)
+    except MemoryError as error:
+        raise UserError(
+            f"{file}: does not fit into memory; cut it into smaller images, or lower --batch"
+        ) from error
 
 
 def write_results(nuclei: Nuclei, image: Image, stem: Path, formats: Sequence[str]) -> None:
@@ -197,24 +241,24 @@ def write_results(nuclei: Nuclei, image: Image, stem: Path, formats: Sequence[st
         "overlay": lambda path: nuclei.to_overlay(path, image.image_rgb),
     }
     with ThreadPoolExecutor(max(len(formats), 1)) as pool:
-        for writing in [pool.submit(writers[name], result_path(stem, name)) for name in formats]:
+        for writing in [pool.submit(writers[name], with_ending(stem, ENDINGS[name])) for name in formats]:
             writing.result()
 
 
-def result_path(stem: Path, format_name: str) -> Path:
-    """`stem` plus the ending of a format; a stem may hold dots."""
-    return stem.with_name(stem.name + ENDINGS[format_name])
+def with_ending(stem: Path, ending: str) -> Path:
+    """`stem` plus an ending; a stem may hold dots."""
+    return stem.with_name(stem.name + ending)
 
 
-def finished(row: Row | None, out: Path, formats: Sequence[str], model: str, mpp: float | None) -> bool:
-    """Whether an image was done by an earlier run.
+def finished(row: Row | None, out: Path, job: Job) -> bool:
+    """Whether a file was done by an earlier run.
 
     Raises:
         UserError: it was, but by another model or at another scale, so that neither keeping nor replacing is safe.
     """
-    if row is None or not all(result_path(out / row.name, name).is_file() for name in formats):
+    if row is None or not all(with_ending(out / row.name, ending).exists() for ending in job.endings):
         return False
-    if row.model != model or (mpp is not None and abs(row.mpp - mpp) > 1e-4):
+    if row.model != job.model or (job.mpp is not None and abs(row.mpp - job.mpp) > 1e-4):
         raise UserError(
             f"{row.source}: {out / row.name}.* were made by {row.model} at {row.mpp} microns per pixel; "
             "choose another --out, or --overwrite them"

@@ -124,7 +124,8 @@ def test_weights_by_hand() -> None:
     # 2 pixels over 4: the second new center lies a quarter of a pixel behind the first old one
     first, weights = axis_weights(Axis(2, 4, 0.5), 1, 2, shrinks=False)
     t, a = 0.25, -0.75
-    before, there = a * (t + 1) ** 3 - 5 * a * (t + 1) ** 2 + 8 * a * (t + 1) - 4 * a, (a + 2) * t**3 - (a + 3) * t**2 + 1
+    before = a * (t + 1) ** 3 - 5 * a * (t + 1) ** 2 + 8 * a * (t + 1) - 4 * a
+    there = (a + 2) * t**3 - (a + 3) * t**2 + 1
     assert weights.toarray()[0] / one == pytest.approx([before + there, 1 - before - there], abs=1e-3)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_slide import write_slide
 
+from drawn_slide import write_slide
 from nuguide.resample import resampled_size, resize_image
 from nuguide.slides.grid import Grid
 from nuguide.slides.reader import open_slide
@@ -62,7 +62,7 @@ def test_windows_of_a_file_agree_wherever_they_begin(tmp_path: Path, name: str, 
         whole = grid.read(0, 0, height, width)
         rng = np.random.default_rng(1)
         for _ in range(4):
-            top, left = rng.integers(0, height - 10), rng.integers(0, width - 10)
+            top, left = rng.integers(0, (height - 10, width - 10)).tolist()
             window = grid.read(top, left, min(height, top + 90), min(width, left + 90))
             assert np.array_equal(window, whole[top : top + 90, left : left + 90])
 

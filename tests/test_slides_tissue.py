@@ -7,8 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from drawn_slide import INKS_RGB, write_slide
 
+from drawn_slide import INKS_RGB, write_slide
 from nuguide.images import read_image
 from nuguide.slides.reader import open_slide
 from nuguide.slides.tissue import Tissue, find_ink, find_tissue, picture, slide_tissue

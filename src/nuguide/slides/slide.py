@@ -104,7 +104,7 @@ class Slide(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the file; nothing can be read any more."""
+        """Let go of the file, once nobody reads it any more."""
 
     def __enter__(self) -> Slide:
         return self

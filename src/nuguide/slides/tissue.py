@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -66,7 +67,7 @@ class Tissue:
         found[inside] = self.mask[rows[inside], columns[inside]]
         return found
 
-    def _cells(self, y: float, x: float, whole) -> tuple[int, int]:  # noqa: ANN001
+    def _cells(self, y: float, x: float, whole: Callable[[float], int]) -> tuple[int, int]:
         height, width = self.size_px
         return whole(y * self.mask.shape[0] / height), whole(x * self.mask.shape[1] / width)
 
@@ -156,9 +157,9 @@ def _threshold(saturation: np.ndarray) -> float:
 def _large(mask: np.ndarray, least_px: float) -> np.ndarray:
     """The parts of a mask that have at least so many pixels."""
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
-    keep = stats[:, cv2.CC_STAT_AREA] >= least_px
+    keep = np.asarray(stats)[:, cv2.CC_STAT_AREA] >= least_px
     keep[0] = False
-    return keep[labels] if count > 1 else np.zeros(mask.shape, bool)
+    return keep[np.asarray(labels, np.intp)] if count > 1 else np.zeros(mask.shape, bool)
 
 
 def _dilated(mask: np.ndarray, radius_px: float) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -12,6 +13,9 @@ import numpy as np
 from nuguide.images import PLAUSIBLE_MPP
 from nuguide.slides.slide import Level, Slide, levels_of
 from nuguide.types import UserError
+
+if TYPE_CHECKING:
+    from openslide import OpenSlide
 
 INSTALL = "pip install 'nuguide[slides]'"
 MAX_PIECE_PX = 2**26       # of a tile or strip, which is decoded in one piece: 270 MB; common are 2^16 to 2^20
@@ -49,7 +53,8 @@ class VendorSlide(Slide):
         super().__init__(path)
         self.format = vendor
         self._lock = threading.Lock()
-        self._shared = handle = self._open()
+        handle = self._open()
+        self._shared: OpenSlide | None = handle
         properties = handle.properties
         _refuse_large_pieces(properties)
         self._downsamples = tuple(map(float, handle.level_downsamples))
@@ -66,7 +71,7 @@ class VendorSlide(Slide):
         self.mpp, self.notes = _mpp(properties)
         self.objective_power = _positive(properties.get("openslide.objective-power"))
 
-    def _open(self):  # noqa: ANN202  OpenSlide's class is imported here alone
+    def _open(self) -> OpenSlide:
         from openslide import OpenSlide, OpenSlideError
 
         try:
@@ -111,7 +116,7 @@ class VendorSlide(Slide):
                 raise UserError(str(error)) from error
         return _on_white(np.asarray(region))
 
-    def _handle(self):  # noqa: ANN202
+    def _handle(self) -> OpenSlide:
         with self._lock:
             if self._shared is None:
                 self._shared = self._open()

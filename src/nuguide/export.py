@@ -125,8 +125,13 @@ def write_rows(file: BinaryIO, table: pd.DataFrame, header: bool = True) -> None
 
 
 def write_overlay(path: Path, image_rgb: np.ndarray, rings: dict[int, np.ndarray]) -> Path:
-    """`overlay` as PNG, packed for speed: a tenth larger than the smallest file, in half the time."""
-    picture_bgr = cv2.cvtColor(overlay(image_rgb, rings), cv2.COLOR_RGB2BGR)
+    """`overlay` as PNG."""
+    return write_picture(path, overlay(image_rgb, rings))
+
+
+def write_picture(path: Path, image_rgb: np.ndarray) -> Path:
+    """An image (H, W, 3) uint8 as PNG, packed for speed: a tenth larger than the smallest file, in half the time."""
+    picture_bgr = cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR)
     with replacing(path) as file:
         file.write(cv2.imencode(".png", picture_bgr, [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE])[1].data)
     return path

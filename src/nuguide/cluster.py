@@ -1,0 +1,131 @@
+"""Regions of slides on a Dask cluster: processes of this machine, or whatever runs behind a scheduler's address.
+
+Workers write parts into the folder of the run, so all have to see the same disk, and the slides under the same names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .slide_run import Engine, OpenedSlide, SlideTask, compute_regions, threads_per_worker
+from .slides.layout import Region
+from .types import UserError
+from .whole_slide import Stages
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+RETRIES = 2                     # of a task that raises something else than our own errors
+TASKS_PER_WORKER = 4            # at least, so that all end at about the same time
+MOST_REGIONS = 16               # of a task; what a worker that dies loses is one region, but it starts the slide anew
+
+
+@dataclass
+class OnCluster(Engine):
+    """The workers of a Dask client."""
+
+    client: Client
+
+    def compute(
+        self, task: SlideTask, opened: OpenedSlide, regions: Sequence[Region], done: Callable[[int], None]
+    ) -> Stages:
+        """Compute the regions in tasks of a few neighbors each.
+
+        Raises:
+            UserError: a region cannot be computed, or the cluster lost too many workers over it; what is done stays.
+        """
+        from distributed import as_completed
+
+        stages = Stages()
+        chunks = divided(regions, max(1, len(self.client.scheduler_info()["workers"])))
+        futures = [
+            self.client.submit(compute_safely, task, [region.number for region in chunk], pure=False, retries=RETRIES)
+            for chunk in chunks
+        ]
+        try:
+            for future in as_completed(futures):
+                counts, spent, failure = result_of(future, task)
+                if failure is not None:
+                    raise UserError(failure)
+                for name, seconds in vars(spent).items():
+                    setattr(stages, name, getattr(stages, name) + seconds)
+                done(len(counts))
+        finally:
+            self.client.cancel(futures)
+        return stages
+
+
+def divided(regions: Sequence[Region], workers: int) -> list[list[Region]]:
+    """Regions in runs of neighbors in a row, short enough that every worker gets several."""
+    size = min(MOST_REGIONS, max(1, math.ceil(len(regions) / (workers * TASKS_PER_WORKER))))
+    chunks: list[list[Region]] = []
+    for region in regions:
+        last = chunks[-1] if chunks else []
+        if last and len(last) < size and last[-1].row == region.row and last[-1].column + 1 == region.column:
+            last.append(region)
+        else:
+            chunks.append([region])
+    return chunks
+
+
+def compute_safely(task: SlideTask, numbers: Sequence[int]) -> tuple[list[int], Stages, str | None]:
+    """`compute_regions`; our own errors as text, for they are answers, which no retry would change."""
+    try:
+        return *compute_regions(task, numbers), None
+    except UserError as error:
+        return [], Stages(), str(error)
+    except MemoryError as error:
+        return [], Stages(), f"{task.path}: a worker ran out of memory ({error}); use fewer workers, or lower --batch"
+
+
+def result_of(future: Any, task: SlideTask) -> tuple[list[int], Stages, str | None]:
+    """What a task came to; UserError where it never ended."""
+    from distributed import KilledWorker
+
+    try:
+        return future.result()
+    except KilledWorker as error:
+        raise UserError(
+            f"{task.path}: workers died over one of its tasks again and again ({error.task}); give them more memory, "
+            "or use fewer; the same command goes on from what is done"
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{task.path}: a worker failed ({error}); the same command goes on from what is done"
+        ) from error
+
+
+@contextlib.contextmanager
+def connected(scheduler: str | None, workers: int | None) -> Iterator[OnCluster]:
+    """A cluster: the one behind an address, or processes of this machine, which end with the block.
+
+    Args:
+        scheduler: such as tcp://host:8786. workers: processes to start here; by default one for every two cores.
+
+    Raises:
+        UserError: Dask is not installed, or nothing answers at the address.
+    """
+    try:
+        import distributed
+    except ModuleNotFoundError as error:
+        raise UserError(f"--engine dask needs {error.name}; install it with: pip install 'nuguide[cluster]'") from error
+    if scheduler is not None:
+        try:
+            client = distributed.Client(scheduler, timeout=10)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise UserError(f"--scheduler {scheduler}: nothing answers there; start it with: dask scheduler") from error
+        with client:
+            yield OnCluster(client)
+        return
+    count = workers or max(1, threads_per_worker(2))
+    with (
+        distributed.LocalCluster(
+            n_workers=count, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield OnCluster(client)

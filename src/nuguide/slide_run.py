@@ -1,0 +1,371 @@
+"""Slides to result files: planned, computed region by region, resumable, here or on a cluster."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from . import export
+from .fanout import Job, Row, Watch, with_ending
+from .predict import Predictor, load
+from .slides.grid import Grid
+from .slides.layout import Layout, Region
+from .slides.parts import PartStore
+from .slides.reader import open_slide
+from .slides.roi import Roi
+from .slides.slide import Slide
+from .slides.summary import summarize
+from .slides.tissue import Tissue, picture, slide_tissue
+from .slides.writers import WRITERS, About
+from .types import UserError
+from .whole_slide import Area, SlideRegions, Stages, lay_out
+
+PLAN = "plan.json"
+PARTS, TISSUE_PICTURE, SUMMARY = ".parts", ".tissue.png", ".summary.json"
+DEFAULT_FORMATS = ("parquet", "geojson", "heatmap")
+
+
+@dataclass(frozen=True)
+class SlideOptions:
+    """How slides are segmented; every process that takes part gets the same.
+
+    Attributes:
+        model: name or folder. mpp: microns per pixel of level 0, whatever the slide says; None asks the slide.
+        roi: "x,y,w,h" in level-0 pixels, or the path of a GeoJSON file with polygons.
+        tissue: leave glass out. skip_bad: go on where a slide cannot be read.
+        device, precision, batch, flips: of the predictor. threads: of each process; 0 leaves it to torch.
+    """
+
+    model: str = "default"
+    mpp: float | None = None
+    roi: str | None = None
+    tissue: bool = True
+    skip_bad: bool = False
+    device: str = "auto"
+    precision: str = "auto"
+    batch: int = 1
+    flips: bool = False
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class SlideTask:
+    """One slide, and the folder for its parts; small, and the same for every process."""
+
+    path: Path
+    parts: Path
+    options: SlideOptions
+
+
+@dataclass
+class OpenedSlide:
+    """A slide made ready: how it is divided, and what of it is searched."""
+
+    slide: Slide
+    grid: Grid
+    layout: Layout
+    areas: list[Area]
+    tissue: Tissue | None
+    thumbnail_rgb: np.ndarray
+
+    @property
+    def searched_mm2(self) -> float:
+        """Area that is searched for nuclei: of the tissue, or of the slide."""
+        if self.tissue is not None and len(self.areas) == 1:
+            return self.tissue.area_mm2
+        # where areas meet: counted on a raster of 2,000 points a side at most
+        height, width = self.layout.slide_px
+        steps = min(2000, height), min(2000, width)
+        y = (np.arange(steps[0]) + 0.5) * height / steps[0]
+        x = (np.arange(steps[1]) + 0.5) * width / steps[1]
+        inside = 0
+        for row in y:
+            held = np.ones(len(x), bool)
+            for area in self.areas:
+                held &= area.holds(np.full(len(x), row), x)
+            inside += int(held.sum())
+        return inside / (steps[0] * steps[1]) * height * width * self.layout.mpp**2 / 1e6
+
+    def regions(self, predictor: Predictor, skip_bad: bool) -> SlideRegions:
+        """What computes its regions."""
+        return SlideRegions(self.grid, self.layout, predictor, self.areas, skip_bad)
+
+
+def open_task(path: Path, options: SlideOptions, predictor: Predictor) -> OpenedSlide:
+    """A slide, its grids and areas; the same wherever it is opened.
+
+    Raises:
+        UserError: it cannot be opened, states no microns per pixel and none are given, or the ROI is not on it.
+    """
+    slide = open_slide(path)
+    mpp = options.mpp or slide.mpp
+    if mpp is None:
+        slide.close()
+        raise UserError(
+            f"{path}: states no microns per pixel; give them with --mpp (0.25 for most 40x scans, 0.5 for 20x)"
+        )
+    layout = lay_out(slide.size_px, mpp, predictor)
+    grid = Grid(slide, mpp, predictor.spec.mpp)
+    tissue, thumbnail = slide_tissue(slide, mpp)
+    areas: list[Area] = [tissue] if options.tissue else []
+    if options.roi is not None:
+        areas.append(Roi.parse(options.roi, slide.size_px))
+    return OpenedSlide(slide, grid, layout, areas, tissue if options.tissue else None, thumbnail)
+
+
+@lru_cache(maxsize=1)
+def predictor_for(options: SlideOptions) -> Predictor:
+    """The predictor of this process, loaded once."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return load(
+        options.model, options.device, options.precision, options.batch, flips=options.flips
+    )
+
+
+def compute_regions(task: SlideTask, numbers: Sequence[int]) -> tuple[list[int], Stages]:
+    """Compute regions of a slide by number, but for those whose parts are there already; their counts of nuclei.
+
+    This is what a worker of a cluster does. One that dies leaves the parts that it had finished.
+    """
+    opened = opened_for(task.path, task.path.stat().st_mtime_ns, task.options)
+    store = PartStore(task.parts, opened.layout)
+    work = opened.regions(predictor_for(task.options), task.options.skip_bad)
+    wanted = [opened.layout.regions[number] for number in numbers]
+    work.run([region for region in wanted if not store.has(region)], store, lambda region, count: None)
+    return [store.count(region) for region in wanted], work.stages
+
+
+@lru_cache(maxsize=1)
+def opened_for(path: Path, modified_ns: int, options: SlideOptions) -> OpenedSlide:
+    """The slide that this worker is at, opened once, and anew where the file is another than before."""
+    return open_task(path, options, predictor_for(options))
+
+
+class Engine(Protocol):
+    """Where regions are computed."""
+
+    def compute(
+        self, task: SlideTask, opened: OpenedSlide, regions: Sequence[Region], done: Callable[[int], None]
+    ) -> Stages:
+        """Compute the regions of a slide and keep their parts; `done` is told of every number of regions finished."""
+        ...
+
+
+@dataclass
+class Here(Engine):
+    """This process, region after region."""
+
+    def compute(
+        self, task: SlideTask, opened: OpenedSlide, regions: Sequence[Region], done: Callable[[int], None]
+    ) -> Stages:
+        """Compute the regions in order."""
+        work = opened.regions(predictor_for(task.options), task.options.skip_bad)
+        work.run(regions, PartStore(task.parts, opened.layout), lambda region, count: done(1))
+        return work.stages
+
+
+@dataclass
+class SlideJob(Job):
+    """A slide to its files: `NAME` plus the ending of each format, NAME.tissue.png and NAME.summary.json.
+
+    While it is computed its parts lie in NAME.parts; a run that was cut goes on from them. They are deleted at the end.
+
+    Attributes:
+        options: how. model: what to call it in the summary. formats: keys of `WRITERS`. engine: where.
+        manifest: told of what becomes of each slide, or None.
+    """
+
+    options: SlideOptions
+    model: str
+    formats: Sequence[str] = DEFAULT_FORMATS
+    engine: Engine = field(default_factory=Here)
+    manifest: Manifest | None = None
+    overwrite: bool = False
+
+    @property
+    def mpp(self) -> float | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As given."""
+        return self.options.mpp
+
+    @property
+    def endings(self) -> list[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Of the formats, the picture of the tissue and the summary."""
+        return [*(WRITERS[name].ending for name in self.formats), TISSUE_PICTURE, SUMMARY]
+
+    def do(self, file: Path, stem: Path, watch: Watch) -> tuple[Row, str]:
+        """Segment one slide and write its files."""
+        tell = self.manifest or Manifest(None)
+        tell.note(file, "running")
+        try:
+            row, line = self._do(file, stem, watch, tell)
+        except (UserError, MemoryError) as error:
+            tell.note(file, "failed", error=str(error))
+            raise
+        tell.note(file, "done", nuclei=row.nuclei)
+        return row, line
+
+    def _do(self, file: Path, stem: Path, watch: Watch, tell: Manifest) -> tuple[Row, str]:
+        start = time.perf_counter()
+        task = SlideTask(file.resolve(), with_ending(stem, PARTS), self.options)
+        with_predictor = predictor_for(self.options)
+        opened = open_task(task.path, self.options, with_predictor)
+        with opened.slide:
+            work = opened.regions(with_predictor, self.options.skip_bad)
+            begin(task, opened, self.model, self.overwrite)
+            store = PartStore(task.parts, opened.layout)
+            todo = [region for region in work.wanted if not store.has(region)]
+            total, finished = len(work.wanted), len(work.wanted) - len(todo)
+            again = f"; {finished} of {total} regions were done before" if finished else ""
+
+            def step(count: int) -> None:
+                nonlocal finished
+                finished += count
+                watch.tiles(finished, total)
+                tell.note(file, "running", regions_done=finished, regions=total)
+
+            step(0)
+            stages = self.engine.compute(task, opened, todo, step)
+        about = About(stem.name, self.model, thumbnail_rgb=opened.thumbnail_rgb)
+        shown = opened.thumbnail_rgb if opened.tissue is None else picture(opened.thumbnail_rgb, opened.tissue.mask)
+        export.write_picture(with_ending(stem, TISSUE_PICTURE), shown)
+        begun = time.perf_counter()
+        for name in self.formats:
+            writer = WRITERS[name]
+            writer.write(store, with_ending(stem, writer.ending), about)
+        stages.add("write", begun)
+        facts = summarize(store, about, opened.searched_mm2, time.perf_counter() - start)
+        facts |= {"source": str(task.path), "resolution": opened.grid.describe(), "notes": list(opened.slide.notes)}
+        bad = [box for _, _, part in store.all(labels=False) for box in part.facts.get("bad", [])]
+        facts["not_read"] = sorted(set(map(tuple, bad)))
+        facts["stage_seconds"] = {name: round(seconds, 2) for name, seconds in asdict(stages).items()}
+        with export.replacing(with_ending(stem, SUMMARY)) as summary:
+            summary.write((json.dumps(facts, indent=1) + "\n").encode())
+        shutil.rmtree(task.parts, ignore_errors=True)
+        return self._row(stem.name, task, opened, facts), told(file, facts, opened, again)
+
+    def _row(self, name: str, task: SlideTask, opened: OpenedSlide, facts: dict[str, Any]) -> Row:
+        return Row(
+            name=name,
+            nuclei=facts["nuclei"],
+            nuclei_per_mm2=round(facts["nuclei_per_mm2"] or 0.0, 1),
+            mean_area_um2=round(facts["area_um2_mean"] or 0.0, 2),
+            mean_probability=round(facts["probability_mean"] or 0.0, 4),
+            seconds=round(facts["seconds"], 2),
+            mpp=opened.layout.mpp,
+            source=str(task.path),
+            model=self.model,
+        )
+
+
+def told(file: Path, facts: dict[str, Any], opened: OpenedSlide, again: str) -> str:
+    """The line about a finished slide for people."""
+    line = f"{file.name}: {facts['nuclei']} nuclei in {facts['tissue_mm2']:.2f} mm2, {facts['seconds']:.1f} s"
+    line += f"; {opened.layout.mpp:.4g} microns per pixel, {opened.grid.describe()}{again}"
+    for note in [*opened.slide.notes, *facts["warnings"]]:
+        line += f"; {note}"
+    if facts["not_read"]:
+        line += f"; {len(facts['not_read'])} places could not be read and were left out"
+    if not facts["nuclei"] and opened.tissue is not None and not opened.tissue.mask.any():
+        line += "; no tissue was found (--no-tissue-mask searches everything)"
+    return line
+
+
+def begin(task: SlideTask, opened: OpenedSlide, model: str, overwrite: bool) -> None:
+    """Make the folder of a slide's parts, or find it as an earlier run left it.
+
+    Raises:
+        UserError: the folder holds parts that were made in another way, or cannot be made.
+    """
+    plan = task.parts / PLAN
+    facts = {
+        "slide": str(task.path),
+        "bytes": task.path.stat().st_size,
+        "modified_ns": task.path.stat().st_mtime_ns,
+        "model": model,
+        "precision": task.options.precision,
+        "layout": opened.layout.to_dict(),
+        "areas": digest(opened),
+        "skip_bad": task.options.skip_bad,
+    }
+    facts = json.loads(json.dumps(facts))
+    if overwrite and task.parts.is_dir():
+        shutil.rmtree(task.parts)
+    try:
+        before = json.loads(plan.read_text()) if plan.is_file() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{plan}: is damaged; delete {task.parts} and start again") from error
+    if before is None:
+        try:
+            task.parts.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{task.parts}: cannot be made ({error.strerror}); choose another --out") from error
+        with export.replacing(plan) as file:
+            file.write((json.dumps(facts, indent=1) + "\n").encode())
+    elif before != facts:
+        changed = ", ".join(sorted(name for name in facts if facts[name] != before.get(name)))
+        raise UserError(
+            f"{task.parts}: holds an unfinished run that differs in: {changed}; "
+            "give the same options, choose another --out, or --overwrite it"
+        )
+
+
+def digest(opened: OpenedSlide) -> str:
+    """SHA-256 of what is searched of a slide."""
+    code = hashlib.sha256()
+    for area in opened.areas:
+        if isinstance(area, Tissue):
+            code.update(np.packbits(area.mask).tobytes())
+        elif isinstance(area, Roi):
+            code.update(json.dumps(area.to_dict()).encode())
+    return code.hexdigest()
+
+
+class Manifest:
+    """What became of each slide of a run, as JSON: done, failed, running or pending, with counts and errors.
+
+    Args:
+        path: of the file, rewritten at most once a second but for changes of state; None keeps nothing.
+    """
+
+    def __init__(self, path: Path | None, files: Sequence[Path] = ()):
+        self.path = path
+        self.states: dict[str, dict[str, Any]] = {str(file): {"state": "pending"} for file in files}
+        self._turn, self._written = threading.Lock(), 0.0
+
+    def note(self, file: Path, state: str, **facts: Any) -> None:
+        """One slide's state, and more about it."""
+        with self._turn:
+            before = self.states.get(str(file), {})
+            self.states[str(file)] = {**before, "state": state, **facts}
+            if self.path is None or (before.get("state") == state and time.monotonic() - self._written < 1):
+                return
+            self._written = time.monotonic()
+            with export.replacing(self.path) as out:
+                out.write((json.dumps(self.states, indent=1) + "\n").encode())
+
+
+def parse_slide_formats(text: str) -> tuple[str, ...]:
+    """Comma-separated names of `WRITERS`; raises UserError for any other, listing the choices."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    unknown = [name for name in names if name not in WRITERS]
+    if unknown or not names:
+        raise UserError(f"--formats {text!r}: of slides choose one or more of {','.join(WRITERS)}")
+    return names
+
+
+def threads_per_worker(workers: int) -> int:
+    """Threads for each of several processes on this machine."""
+    return max(1, (os.cpu_count() or 1) // workers)

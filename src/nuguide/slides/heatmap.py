@@ -45,8 +45,8 @@ def heatmap(store: PartStore, thumbnail_rgb: np.ndarray | None = None) -> np.nda
     height, width = max(1, round(slide_height * shrunk)), max(1, round(slide_width * shrunk))
     if thumbnail_rgb is not None:
         height, width = thumbnail_rgb.shape[:2]
-    levels = cv2.resize(cells / top * 255, (width, height), interpolation=cv2.INTER_LINEAR).round().astype(np.uint8)
-    picture = _colored(levels)
+    levels = (cells / top * 255).round().astype(np.uint8)
+    picture = _colored(cv2.resize(levels, (width, height), interpolation=cv2.INTER_LINEAR))
     if thumbnail_rgb is not None:
         gray = cv2.cvtColor(cv2.cvtColor(thumbnail_rgb, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
         picture = cv2.addWeighted(picture, 1 - _FAINT, gray, _FAINT, 0)

@@ -9,7 +9,6 @@ import json
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,6 +16,7 @@ import tifffile
 
 from drawn_slides import disks, drawn_store, part_of, small_layout
 from nuguide import export
+from nuguide.images import read_image
 from nuguide.measure import COLUMNS, outlines
 from nuguide.slides.heatmap import density, heatmap
 from nuguide.slides.layout import Layout
@@ -191,7 +191,7 @@ def test_the_ome_tiff_is_a_tiled_pyramid_in_microns(drawn, tmp_path):
         assert all(level.keyframe.is_tiled and level.dtype == np.uint32 for level in series.levels)
         for number, level in enumerate(series.levels):
             assert np.array_equal(level.asarray(), labels[:: 2**number, :: 2**number])
-        image = tifffile.xml2dict(tiff.ome_metadata)["OME"]["Image"]
+        image = tifffile.xml2dict(tiff.ome_metadata or "")["OME"]["Image"]
         assert image["Name"] == ABOUT.slide
         assert image["Pixels"]["PhysicalSizeX"] == image["Pixels"]["PhysicalSizeY"] == 0.25
         assert image["Pixels"]["PhysicalSizeXUnit"] == "µm"
@@ -308,7 +308,7 @@ def test_the_heat_map_lies_on_the_thumbnail(tmp_path):
     thumbnail = np.full((300, 600, 3), 200, np.uint8)
     thumbnail[150:] = 0
     path = written("heatmap", store, tmp_path, About("a", "b", thumbnail_rgb=thumbnail))
-    picture = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+    picture = read_image(path).image_rgb
     assert picture.shape == (300, 750, 3)
     assert np.array_equal(picture, heatmap(store, thumbnail))
     yellow, purple = picture[10, 10].astype(int), picture[140, 500].astype(int)
@@ -400,11 +400,15 @@ def test_a_damaged_part_stops_every_writer(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["parts"]
 
 
-def test_parts_are_read_without_their_label_maps(drawn):
+def test_parts_are_read_in_part(drawn):
     store, _ = drawn
     region = store.layout.regions[1]
     assert store.read(region, labels=False).labels.size == 0
     assert store.read(region, labels=False).table.equals(store.read(region).table)
+    top, left, labels = store.labels(region)
+    assert labels.dtype == np.uint16
+    assert np.array_equal(labels, store.read(region).labels)
+    assert (top, left) == (store.read(region).top, store.read(region).left)
     assert store.count(region) == len(store.read(region))
     assert store.count(region) > 0
     assert PartStore(store.folder / "none", store.layout).count(region) == len(Part.empty()) == 0

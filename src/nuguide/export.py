@@ -148,7 +148,7 @@ def overlay(image_rgb: np.ndarray, rings: dict[int, np.ndarray]) -> np.ndarray:
     """
     picture = np.array(image_rgb, np.uint8, order="C")
     thickness = 2 if max(picture.shape[:2]) >= _WIDE_LINES_FROM_PX else 1  # OpenCV's 2 is 3 pixels
-    cv2.polylines(picture, _half_pixels(list(rings.values())), True, OUTLINE_RGB, thickness, cv2.LINE_8, shift=1)
+    cv2.polylines(picture, half_pixels(list(rings.values())), True, OUTLINE_RGB, thickness, cv2.LINE_8, shift=1)
     return picture
 
 
@@ -210,7 +210,7 @@ def features(
     values = table[list(MEASUREMENTS)].to_numpy(np.float64).round(_OTHER_DECIMALS)
     if not np.isfinite(values).all():
         raise ValueError("the table holds values that are not finite: JSON has no way to write them")
-    texts = _ring_texts(_half_pixels(rings), scale_xy, corner_xy)
+    texts = _ring_texts(half_pixels(rings), scale_xy, corner_xy)
     for id, ring, row in zip(table["id"].tolist(), texts, values.tolist(), strict=True):
         measurements = ",".join([f"{name}:{value}" for name, value in zip(names, row, strict=True)])
         yield (
@@ -245,7 +245,7 @@ def _numbers(halves: np.ndarray, scale: float, corner: float) -> list[str]:
     return [text[place] for place in (halves - low).tolist()]
 
 
-def _half_pixels(rings: Sequence[np.ndarray]) -> list[np.ndarray]:
+def half_pixels(rings: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The simplified rings, (N, 2) int32, in half pixels: outlines turn at multiples of 0.5 only."""
     if not rings:
         return []

@@ -45,8 +45,8 @@ def heatmap(store: PartStore, thumbnail_rgb: np.ndarray | None = None) -> np.nda
     height, width = max(1, round(slide_height * shrunk)), max(1, round(slide_width * shrunk))
     if thumbnail_rgb is not None:
         height, width = thumbnail_rgb.shape[:2]
-    levels = cv2.resize(cells / top * 255, (width, height), interpolation=cv2.INTER_LINEAR).round().astype(np.uint8)
-    picture = _colored(levels)
+    levels = (cells / top * 255).round().astype(np.uint8)
+    picture = _colored(cv2.resize(levels, (width, height), interpolation=cv2.INTER_LINEAR))
     if thumbnail_rgb is not None:
         gray = cv2.cvtColor(cv2.cvtColor(thumbnail_rgb, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
         picture = cv2.addWeighted(picture, 1 - _FAINT, gray, _FAINT, 0)
@@ -85,10 +85,9 @@ def _draw_scale_bar(canvas: np.ndarray, height: int, width: int, um_per_px: floa
     length_um = _round(width * um_per_px / 5, up=False)
     right = 12 + max(1, round(length_um / um_per_px))
     text = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} um"
-    cv2.rectangle(canvas, (11, height - 15), (right + 1, height - 8), (0, 0, 0), -1)
-    cv2.rectangle(canvas, (12, height - 14), (right, height - 9), (255, 255, 255), -1)
-    for color, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
-        cv2.putText(canvas, text, (12, height - 20), _FONT, 0.45, color, thickness, cv2.LINE_AA)
+    cv2.rectangle(canvas, (6, height - 34), (max(right, 76) + 6, height - 6), (255, 255, 255), -1)
+    cv2.rectangle(canvas, (12, height - 14), (right, height - 11), (0, 0, 0), -1)
+    _write(canvas, text, (12, height - 19))
 
 
 def _write(canvas: np.ndarray, text: str, place_xy: tuple[int, int]) -> None:

@@ -113,6 +113,14 @@ class PartStore:
                 json.loads(arrays["facts"].tobytes() or b"{}"),
             )
 
+    def labels(self, region: Region) -> tuple[int, int, np.ndarray]:
+        """Top, left and label map of a part, uint16 where its numbers fit (half the memory), without the rest of it."""
+        if not self.has(region):
+            return 0, 0, np.zeros((0, 0), np.uint16)
+        with self._arrays(region) as arrays:
+            top, left, height, width = (int(value) for value in arrays["place"])
+            return top, left, _decoded(arrays["labels"], (height, width))
+
     def count(self, region: Region) -> int:
         """How many nuclei a region has, without reading more than that."""
         if not self.has(region):
@@ -155,12 +163,16 @@ def packed(labels: np.ndarray) -> np.ndarray:
 
 def unpacked(data: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """The label map of `packed`, int32; ValueError where the bytes are of another size or no PNG."""
+    return _decoded(data, shape).astype(np.int32, copy=False)
+
+
+def _decoded(data: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """`unpacked`, but uint16 where the numbers fit."""
     if not data.size:
-        return np.zeros(shape, np.int32)
+        return np.zeros(shape, np.uint16)
     both = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     if both is None or both.shape[1:] != shape[1:] or both.shape[0] not in (shape[0], 2 * shape[0]):
         raise ValueError("no label map of that size")
-    labels = both[: shape[0]].astype(np.int32)
-    if both.shape[0] == 2 * shape[0]:
-        labels |= both[shape[0] :].astype(np.int32) << 16
-    return labels
+    if both.shape[0] == shape[0]:
+        return both
+    return both[: shape[0]].astype(np.int32) | (both[shape[0] :].astype(np.int32) << 16)

@@ -63,9 +63,7 @@ class LabelWindows:
         if number in self._kept:
             self._kept.move_to_end(number)
             return self._kept[number]
-        part = self.store.read(self.store.layout.regions[number])
-        labels = part.labels.astype(np.uint16) if len(part) < 2**16 else part.labels    # half the memory
-        self._kept[number] = part.top, part.left, labels
+        self._kept[number] = self.store.labels(self.store.layout.regions[number])
         if len(self._kept) > self._most:
             self._kept.popitem(last=False)
         return self._kept[number]

@@ -32,11 +32,12 @@ from .. import export
 from ..measure import COLUMNS
 from ..types import UserError
 from .heatmap import heatmap
-from .parts import PartStore
+from .parts import Part, PartStore
 from .windows import LabelWindows
 
 LABELS = "nuclei"               # the name of the label map in OME-Zarr
 MOST_SHAPES = 2_000_000         # of `write_spatialdata`, which needs about 3 KB of memory for each
+_NO_ROWS = Part.empty().table
 _ROW_GROUP = 65_536
 _TIFF_TILE_PX, _ZARR_TILE_PX = 512, 1024
 _CLASSIC_TIFF_BYTES = 2**32 - 2**26     # beyond this, less some room for tags, a TIFF needs 64-bit offsets
@@ -82,7 +83,7 @@ def write_parquet(store: PartStore, path: Path, about: About) -> None:
 def write_csv(store: PartStore, path: Path, about: About) -> None:
     """The table of all nuclei as CSV, rounded as `export.write_table` rounds."""
     with export.replacing(path) as file:
-        export.write_rows(file, pd.DataFrame(columns=list(COLUMNS)))
+        export.write_rows(file, _NO_ROWS)
         for table in _tables(store):
             export.write_rows(file, table, header=False)
 
@@ -305,9 +306,9 @@ def _write_pyramid(group: Any, windows: LabelWindows) -> None:
 def write_spatialdata(store: PartStore, path: Path, about: About) -> None:
     """Labels, polygons and table as SpatialData, in the coordinate systems "global" (level-0 pixels) and "microns".
 
-    Elements: labels nuclei_labels, shapes nuclei (indexed by id), table with all measurements, which annotates the
-    shapes by the column id; labels have the same numbers. Labels are streamed, but the library takes shapes and table
-    as a whole only: more than `MOST_SHAPES` nuclei are refused.
+    Elements: labels nuclei_labels, shapes nuclei (indexed by id; not cut to `bounds_px`), table with all measurements,
+    which annotates the shapes by the column id; labels have the same numbers. Labels are streamed, but the library
+    takes shapes and table as a whole only: more than `MOST_SHAPES` nuclei are refused.
     """
     spatialdata = _library("spatialdata", "spatialdata")
     windows = LabelWindows(store)
@@ -343,30 +344,31 @@ def _space(name: str) -> dict[str, Any]:
 
 
 def _shapes_and_table(store: PartStore) -> tuple[Any, Any]:
-    """The polygons of all nuclei, in level-0 pixels from the corner, and their table, as SpatialData's models."""
+    """The polygons of all nuclei, those of `write_geojson`, and their table, as SpatialData's models."""
     anndata, geopandas, shapely = (importlib.import_module(name) for name in ("anndata", "geopandas", "shapely"))
     models = importlib.import_module("spatialdata.models")
     transformations = importlib.import_module("spatialdata.transformations")
     scale = np.array(store.layout.fine_scale[::-1])
-    tables, polygons = [pd.DataFrame({name: [] for name in COLUMNS}).astype({"id": np.int64})], []
+    tables, polygons = [_NO_ROWS], []
     for _, first, part in store.all(labels=False):
         tables.append(part.table.assign(id=part.table["id"] + first))
-        lengths = np.array([len(ring) for ring in part.rings])
-        points = (np.concatenate(part.rings) + 0.5) * scale
-        polygons.append(shapely.polygons(shapely.linearrings(points, indices=np.repeat(np.arange(len(part)), lengths))))
-    table = pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
+        rings = export.half_pixels(part.rings)
+        points = (np.concatenate(rings) / 2 + 0.5) * scale
+        owners = np.repeat(np.arange(len(part)), [len(ring) for ring in rings])
+        polygons.append(shapely.polygons(shapely.linearrings(points, indices=owners)))
+    table = pd.concat(tables[1:] or tables, ignore_index=True)
     microns = transformations.Scale([store.layout.mpp] * 2, axes=("x", "y"))
     systems = {"global": transformations.Identity(), "microns": microns}
     geometry = np.concatenate(polygons) if polygons else np.zeros(0, object)
     shapes = geopandas.GeoDataFrame({"geometry": geometry}, index=pd.Index(table["id"], name="id"))
-    measured = list(COLUMNS[1:])
+    measured: list[str] = list(COLUMNS[1:])
     cells = anndata.AnnData(
         X=table[measured].to_numpy(),
         obs=pd.DataFrame(
             {"id": table["id"].to_numpy(), "region": pd.Categorical(["nuclei"] * len(table), ["nuclei"])},
             index=table["id"].astype(str).to_numpy(),
         ),
-        var=pd.DataFrame(index=measured),
+        var=pd.DataFrame(index=pd.Index(measured)),
         obsm={"spatial": table[["centroid_x_px", "centroid_y_px"]].to_numpy() + 0.5},
     )
     annotated = models.TableModel.parse(cells, region="nuclei", region_key="region", instance_key="id")

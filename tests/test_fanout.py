@@ -393,11 +393,11 @@ def test_a_folder_without_summary_has_no_rows(tmp_path):
 
 
 def test_formats_are_named_with_commas():
-    assert parse_formats("labels,geojson,csv,overlay") == tuple(ALL)
-    assert parse_formats(" csv , labels,csv,") == ("csv", "labels")
+    assert parse_formats("labels,geojson,csv,overlay", ENDINGS) == tuple(ALL)
+    assert parse_formats(" csv , labels,csv,", ENDINGS) == ("csv", "labels")
 
 
 @pytest.mark.parametrize("text", ["nonsense", "csv,png", "", ","])
 def test_unknown_formats_are_refused_with_the_choices(text):
     with pytest.raises(UserError, match="--formats .*choose one or more of labels,geojson,csv,overlay"):
-        parse_formats(text)
+        parse_formats(text, ENDINGS)

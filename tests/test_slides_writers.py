@@ -171,14 +171,6 @@ def test_polygons_are_valid_and_lie_on_level_0(tmp_path, slide_px):
     assert "-0," not in (tmp_path / "slide.geojson").read_text()
 
 
-def test_coordinates_begin_where_qupath_shows_the_slide(drawn, tmp_path):
-    plain = json.loads(written("geojson", drawn[0], tmp_path).read_text())["features"]
-    shown = json.loads(written("geojson", drawn[0], tmp_path, About(ABOUT.slide, "", (30, 7))).read_text())["features"]
-    for a, b in zip(plain, shown, strict=True):
-        moved = np.array(a["geometry"]["coordinates"]) - np.array(b["geometry"]["coordinates"])
-        assert np.array_equal(moved, np.broadcast_to([7, 30], moved.shape))
-
-
 # Label maps
 
 

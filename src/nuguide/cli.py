@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,6 +22,7 @@ from .types import UserError
 
 if TYPE_CHECKING:
     from .datasets import Dataset
+    from .slide_run import Engine
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16", "int8"]
@@ -30,56 +34,94 @@ def segment(
     out: Path,
     model: str = "default",
     mpp: float | None = None,
-    formats: str = "labels,geojson,csv,overlay",
+    formats: str | None = None,
+    roi: str | None = None,
+    tissue_mask: bool = True,
+    skip_bad_tiles: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    engine: Literal["local", "dask"] = "local",
+    scheduler: str | None = None,
+    workers: int | None = None,
+    treat_as: Literal["auto", "image", "slide"] = "auto",
     device: Device = "auto",
     precision: Precision = "auto",
     batch: int = 1,
     flips: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> int:
-    """Find every nucleus in images.
+    """Find every nucleus in images and whole slides.
 
-    Writes OUT/NAME.labels.tif (instance label map), NAME.geojson (QuPath detections), NAME.csv (one row a nucleus),
-    NAME.overlay.png (outlines on the image) for every image, and OUT/summary.csv. Images that are finished already are
-    skipped, so a run that was cut can be started again. A bad file is reported and the rest goes on (exit code 1).
+    Of an image: OUT/NAME.labels.tif (instance label map), NAME.geojson (QuPath detections), NAME.csv (one row a
+    nucleus), NAME.overlay.png (outlines on the image). Of a slide: NAME.parquet (one row a nucleus), NAME.geojson,
+    NAME.heatmap.png (nuclei per mm2), NAME.tissue.png (what was searched) and NAME.summary.json. OUT/summary.csv has a
+    row for each. What is finished already is skipped, and an unfinished slide goes on where it was, so a run that was
+    cut can be started again. A bad file is reported and the rest goes on (exit code 1).
 
     Args:
-        inputs: Image files (PNG, JPEG, TIFF, BMP; 8-bit RGB) or folders of them.
+        inputs: Image files (PNG, JPEG, TIFF, BMP; 8-bit RGB), slides (SVS, NDPI, MRXS, SCN, BIF, VMS, DICOM, OME-TIFF,
+            pyramidal TIFF), or folders of them.
         out: Folder for the results.
         model: Name of a model that comes with the package, or the folder of one that nuguide train wrote.
-        mpp: Microns per pixel of the inputs: 0.25 for a 40x scan, 0.5 for 20x. Where not given, what the file says,
-            else 0.25 with a note.
-        formats: Which files to write, separated by commas.
+        mpp: Microns per pixel of the inputs: 0.25 for a 40x scan, 0.5 for 20x. Where not given, what the file says;
+            where it says nothing, 0.25 with a note for an image, and an error for a slide.
+        formats: Which files to write, separated by commas. Of images: labels, geojson, csv, overlay. Of slides:
+            parquet, csv, geojson, geojson.gz, labels (pyramidal OME-TIFF), ome-zarr, ome-zarr-0.5, spatialdata,
+            heatmap.
+        roi: Only this part of a slide: x,y,w,h in pixels of its full resolution, or a GeoJSON file of annotations that
+            QuPath exported.
+        tissue_mask: Search the tissue of a slide only, not its glass.
+        skip_bad_tiles: Go on where a slide cannot be read, and report the places.
+        engine: Where slides are computed: in this process, or by the workers of a Dask cluster.
+        scheduler: Address of a Dask scheduler, such as tcp://host:8786; without it dask starts workers here.
+        workers: How many workers dask starts here; by default one for every two cores.
+        treat_as: Auto takes scanner formats, pyramids and images of 64 megapixels or more as slides.
         device: Where to compute.
         precision: Of the network; auto takes what is fastest on this machine.
         batch: Tiles computed at once; more is faster on a GPU and needs more memory.
         flips: Average over the image and its three mirror images: a little more accurate, four times as slow.
         overwrite: Do finished images again.
     """
-    from .fanout import SUMMARY, parse_formats, segment_files
-    from .predict import DEFAULT_MPP, load
+    from .fanout import ENDINGS, SUMMARY, ImageJob, Job, parse_formats, segment_files
+    from .predict import DEFAULT_MPP
+    from .slide_run import DEFAULT_FORMATS, MANIFEST, Manifest, SlideJob, SlideOptions, predictor_for
+    from .slides.reader import is_slide
+    from .slides.writers import WRITERS
 
     if not inputs:
-        raise UserError("nothing to segment; name image files, or folders of them")
-    wanted = parse_formats(formats)
+        raise UserError("nothing to segment; name image files, slides, or folders of them")
+    wanted = None if formats is None else parse_formats(formats, [*ENDINGS, *WRITERS])
     if mpp is not None and not 0.05 <= mpp <= 5:
         raise UserError(f"--mpp {mpp}: must lie between 0.05 and 5; a 40x scan has about 0.25")
-    predictor = load(model, device=device, precision=precision, batch=batch, flips=flips)
+    if engine == "local" and (scheduler or workers):
+        raise UserError("--scheduler and --workers are for --engine dask; name it too, or leave them out")
+    options = SlideOptions(model, mpp, roi, tissue_mask, skip_bad_tiles, device, precision, batch, flips)
+    predictor = predictor_for(options)
+    called = model_name(model) + (", flips" if flips else "")
+    images = ImageJob(
+        predictor.segment, called, mpp, DEFAULT_MPP, tuple(ENDINGS) if wanted is None else of(ENDINGS, wanted)
+    )
     bar = Bar()
-    try:
-        outcome = segment_files(
-            inputs,
-            out,
-            lambda image, image_mpp, tiles: predictor.segment(image, image_mpp, tiles),
-            model=model_name(model) + (", flips" if flips else ""),
-            mpp=mpp,
-            default_mpp=DEFAULT_MPP,
-            formats=wanted,
-            overwrite=overwrite,
-            watch=bar,
+    with engine_for(engine, scheduler, workers) as (compute, threads, at_once):
+        slides = SlideJob(
+            dataclasses.replace(options, threads=threads),
+            called,
+            DEFAULT_FORMATS if wanted is None else of(WRITERS, wanted),
+            compute,
+            Manifest(out / MANIFEST),
+            overwrite,
         )
-    finally:
-        bar.close()
+
+        def job_for(file: Path) -> Job:
+            job = slides if treat_as == "slide" or (treat_as == "auto" and is_slide(file)) else images
+            if not job.formats:
+                raise UserError(f"{file}: none of --formats {formats} can be written of it; see nuguide segment --help")
+            if roi is not None and job is images:
+                raise UserError(f"{file}: --roi is for slides; leave it out, or give --treat-as slide")
+            return job
+
+        try:
+            outcome = segment_files(inputs, out, job_for, overwrite, bar, at_once)
+        finally:
+            bar.close()
     total = sum(row.nuclei for row in outcome.rows)
     print(
         f"{total} nuclei in {len(outcome.rows)} images"
@@ -93,6 +135,26 @@ def segment(
     return 1 if outcome.rows else 2
 
 
+def of(choices: Iterable[str], wanted: Sequence[str]) -> tuple[str, ...]:
+    """Those wanted that are among the choices."""
+    return tuple(name for name in wanted if name in set(choices))
+
+
+@contextlib.contextmanager
+def engine_for(engine: str, scheduler: str | None, workers: int | None) -> Iterator[tuple[Engine, int, int]]:
+    """Where slides are computed, with how many threads a process (0: as many as there are), and how many at a time."""
+    from .slide_run import Here
+
+    if engine == "local":
+        yield Here(), 0, 1
+        return
+    from .cluster import connected, threads_of
+
+    with connected(scheduler, workers) as cluster:
+        # two slides at a time: while one is written out by this process, the workers are at the next
+        yield cluster, threads_of(scheduler, workers), 2
+
+
 def model_name(model: str) -> str:
     """What a model is called in a summary: its name or absolute path, and the first digits of its weights' SHA-256."""
     from .checkpoint import MODELS, WEIGHTS, model_folder
@@ -104,33 +166,38 @@ def model_name(model: str) -> str:
 
 
 class Bar:
-    """Progress of a run over images on the terminal, each image's tiles counted in."""
+    """Progress of a run over files on the terminal, the parts of each counted in; files may be under way together."""
 
     def __init__(self) -> None:
-        self.share = 0.0
+        self.shares: dict[int, float] = {}            # of the file that each thread is at
         self.bar = None
+        self.turn = threading.Lock()
 
     def begin(self, images: int) -> None:
         """Show a bar of this many images."""
         from tqdm import tqdm
 
-        form = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
+        form = "{l_bar}{bar}| {n:.2f}/{total} images [{elapsed}<{remaining}]"
         self.bar = tqdm(total=images, bar_format=form)
 
     def tiles(self, done: int, total: int) -> None:
-        """Move by the share of the present image."""
-        assert self.bar is not None
-        share = 0.95 * done / total                   # the rest is separating, measuring and writing
-        self.bar.update(share - self.share)
-        self.share = share
+        """Move by the share of the file that this thread is at."""
+        self._move(0.95 * done / max(total, 1))       # the rest is separating, measuring and writing
 
     def end(self, line: str | None) -> None:
-        """Complete the present image and print the line about it."""
-        assert self.bar is not None
-        self.bar.update(1 - self.share)
-        self.share = 0.0
-        if line:
-            self.bar.write(line)
+        """Complete the file that this thread is at and print the line about it."""
+        self._move(1.0)
+        with self.turn:
+            self.shares.pop(threading.get_ident(), None)
+            if line and self.bar is not None:
+                self.bar.write(line)
+
+    def _move(self, share: float) -> None:
+        with self.turn:
+            assert self.bar is not None
+            me = threading.get_ident()
+            self.bar.update(share - self.shares.get(me, 0.0))
+            self.shares[me] = share
 
     def close(self) -> None:
         """Leave the bar as it is and go on below it."""

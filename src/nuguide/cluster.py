@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .slide_run import Engine, OpenedSlide, SlideTask, compute_regions, threads_per_worker
+from .slide_run import Engine, OpenedSlide, SlideTask, compute_regions
 from .slides.layout import Region
 from .types import UserError
 from .whole_slide import Stages
@@ -99,6 +100,16 @@ def result_of(future: Any, task: SlideTask) -> tuple[list[int], Stages, str | No
         ) from error
 
 
+def local_workers(workers: int | None) -> int:
+    """How many processes to start on this machine: as asked, or one for every two cores."""
+    return workers or max(1, (os.cpu_count() or 1) // 2)
+
+
+def threads_of(scheduler: str | None, workers: int | None) -> int:
+    """Threads for each worker: its share of this machine, or, behind a scheduler, what its own environment says (0)."""
+    return 0 if scheduler is not None else max(1, (os.cpu_count() or 1) // local_workers(workers))
+
+
 @contextlib.contextmanager
 def connected(scheduler: str | None, workers: int | None) -> Iterator[OnCluster]:
     """A cluster: the one behind an address, or processes of this machine, which end with the block.
@@ -121,7 +132,7 @@ def connected(scheduler: str | None, workers: int | None) -> Iterator[OnCluster]
         with client:
             yield OnCluster(client)
         return
-    count = workers or max(1, threads_per_worker(2))
+    count = local_workers(workers)
     with (
         distributed.LocalCluster(
             n_workers=count, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50

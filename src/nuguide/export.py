@@ -195,7 +195,6 @@ def features(
     table: pd.DataFrame,
     image_name: str,
     scale_xy: tuple[float, float] = (1.0, 1.0),
-    corner_xy: tuple[float, float] = (0.0, 0.0),
 ) -> Iterator[str]:
     """The GeoJSON text of one nucleus after another, as `write_geojson` writes it.
 
@@ -203,14 +202,13 @@ def features(
         rings: of `measure.outlines`, in the order of `table`.
         scale_xy: pixels of the image that QuPath opens, per pixel of the rings. A coordinate that this makes a fraction
             is rounded to 0.01 px.
-        corner_xy: where that image begins, in its own pixels, from the upper left corner of what the rings count from.
     """
     classification = json.dumps({"name": "Nucleus", "color": OUTLINE_RGB}, separators=(",", ":"))
     names = [json.dumps(name, ensure_ascii=False) for name in MEASUREMENTS.values()]
     values = table[list(MEASUREMENTS)].to_numpy(np.float64).round(_OTHER_DECIMALS)
     if not np.isfinite(values).all():
         raise ValueError("the table holds values that are not finite: JSON has no way to write them")
-    texts = _ring_texts(half_pixels(rings), scale_xy, corner_xy)
+    texts = _ring_texts(half_pixels(rings), scale_xy)
     for id, ring, row in zip(table["id"].tolist(), texts, values.tolist(), strict=True):
         measurements = ",".join([f"{name}:{value}" for name, value in zip(names, row, strict=True)])
         yield (
@@ -221,14 +219,12 @@ def features(
         )
 
 
-def _ring_texts(
-    halves: list[np.ndarray], scale_xy: tuple[float, float], corner_xy: tuple[float, float]
-) -> Iterator[str]:
+def _ring_texts(halves: list[np.ndarray], scale_xy: tuple[float, float]) -> Iterator[str]:
     """Each ring as GeoJSON, closed, in the frame of QuPath."""
     if not halves:
         return
     joined = np.concatenate(halves) + int(2 * _QUPATH_SHIFT_PX)
-    x, y = (_numbers(joined[:, axis], scale_xy[axis], corner_xy[axis]) for axis in (0, 1))
+    x, y = (_numbers(joined[:, axis], scale_xy[axis]) for axis in (0, 1))
     point = [f"[{x},{y}]" for x, y in zip(x, y, strict=True)]
     start = 0
     for ring in halves:
@@ -237,10 +233,10 @@ def _ring_texts(
         start = stop
 
 
-def _numbers(halves: np.ndarray, scale: float, corner: float) -> list[str]:
+def _numbers(halves: np.ndarray, scale: float) -> list[str]:
     """Half pixels as text in pixels, scaled, to two decimals at most; by table, for numbers are few and points many."""
     low = int(halves.min())
-    values = (np.arange(low, halves.max() + 1) / 2 * scale - corner).round(2) + 0.0  # never -0
+    values = (np.arange(low, halves.max() + 1) / 2 * scale).round(2) + 0.0  # never -0
     text = [f"{value:.2f}".rstrip("0").rstrip(".") for value in values.tolist()]
     return [text[place] for place in (halves - low).tolist()]
 

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,12 +69,12 @@ class Silence(Watch):
     """Says nothing."""
 
 
-def parse_formats(text: str) -> tuple[str, ...]:
-    """Comma-separated names of `ENDINGS`; raises UserError for any other, listing the choices."""
+def parse_formats(text: str, choices: Iterable[str]) -> tuple[str, ...]:
+    """Comma-separated names; raises UserError for any that is no choice, listing the choices."""
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    unknown = [name for name in names if name not in ENDINGS]
-    if unknown or not names:
-        raise UserError(f"--formats {text!r}: choose one or more of {','.join(ENDINGS)}, separated by commas")
+    choices = list(dict.fromkeys(choices))
+    if not names or any(name not in choices for name in names):
+        raise UserError(f"--formats {text!r}: choose one or more of {','.join(choices)}, separated by commas")
     return names
 
 

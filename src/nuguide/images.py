@@ -31,7 +31,9 @@ from PIL.TiffImagePlugin import TiffImageFile
 from nuguide.types import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-OUTPUT_SUFFIXES = (".overlay.png", ".labels.tif")  # our own, not taken for input where both share a folder
+SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide")     # for OpenSlide
+# our own, not taken for input where both share a folder
+OUTPUT_SUFFIXES = (".overlay.png", ".labels.tif", ".labels.ome.tif", ".tissue.png", ".heatmap.png")
 MAX_PIXELS = 1_000_000_000  # 3 GB as RGB
 MAX_PIXELS_VARIABLE = "NUGUIDE_MAX_PIXELS"
 PLAUSIBLE_MPP = (0.05, 5.0)  # 72 to 600 dpi of a screen or a printer are 42 to 353 microns per pixel
@@ -148,11 +150,30 @@ def plain_errors(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: is damaged or cut short{told}; copy it again or save it anew as PNG") from error
 
 
+def declared_px(path: Path) -> int:
+    """How many pixels the header of an image file declares, nothing being decoded; 0 where it cannot be told."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(32)
+            file.seek(0)
+            if start.startswith(TIFF_STARTS):
+                with tifffile.TiffFile(file) as tiff:
+                    page = tiff.pages.first
+                    return page.imagewidth * page.imagelength
+            for magic, opener in _OPENERS.items():
+                if start.startswith(magic):
+                    with opener(file) as picture:
+                        return picture.width * picture.height
+    except DECODER_ERRORS:
+        return 0                                        # whoever reads it will say what is wrong with it
+    return 0
+
+
 def list_images(inputs: Sequence[Path]) -> list[Path]:
     """The image files that files and folders stand for, each once, in the order given.
 
-    A file is taken whatever its name. Of a folder, its own files with an image suffix, sorted by name; hidden files,
-    subfolders, and overlays and label maps that we wrote are left out.
+    A file is taken whatever its name. Of a folder, its own files with the suffix of an image or a slide, sorted by
+    name; hidden files, subfolders, and pictures and label maps that we wrote are left out.
 
     Raises:
         UserError: one line that names every input that is missing, cannot be looked into, or holds no image.
@@ -165,7 +186,8 @@ def list_images(inputs: Sequence[Path]) -> list[Path]:
             if not given.exists():
                 problems.append(f"{given}: there is no such file or folder; check the name")
             elif not found:
-                problems.append(f"{given}: holds no image ({', '.join(SUFFIXES)}); name a folder that does")
+                kinds = ", ".join((*SUFFIXES, *SLIDE_SUFFIXES))
+                problems.append(f"{given}: holds no image ({kinds}); name a folder that does")
             else:
                 files.update((file.resolve(), file) for file in found if file.resolve() not in files)
         except OSError as error:
@@ -179,7 +201,7 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(
         file
         for file in folder.iterdir()
-        if file.suffix.lower() in SUFFIXES
+        if file.suffix.lower() in (*SUFFIXES, *SLIDE_SUFFIXES)
         and not file.name.startswith(".")
         and not file.name.lower().endswith(OUTPUT_SUFFIXES)
         and file.is_file()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import threading
 import time
@@ -32,7 +31,7 @@ from .slides.writers import WRITERS, About
 from .types import UserError
 from .whole_slide import Area, SlideRegions, Stages, lay_out
 
-PLAN = "plan.json"
+PLAN, MANIFEST = "plan.json", "slides.json"
 PARTS, TISSUE_PICTURE, SUMMARY = ".parts", ".tissue.png", ".summary.json"
 DEFAULT_FORMATS = ("parquet", "geojson", "heatmap")
 
@@ -208,8 +207,10 @@ class SlideJob(Job):
     def do(self, file: Path, stem: Path, watch: Watch) -> tuple[Row, str]:
         """Segment one slide and write its files."""
         tell = self.manifest or Manifest(None)
-        tell.note(file, "running")
         try:
+            for name in self.formats:
+                WRITERS[name].check()                   # now, and not when all else is done
+            tell.note(file, "running")
             row, line = self._do(file, stem, watch, tell)
         except (UserError, MemoryError) as error:
             tell.note(file, "failed", error=str(error))
@@ -238,7 +239,7 @@ class SlideJob(Job):
 
             step(0)
             stages = self.engine.compute(task, opened, todo, step)
-        about = About(stem.name, self.model, thumbnail_rgb=opened.thumbnail_rgb)
+        about = About(stem.name, self.model, opened.slide.bounds_px, opened.thumbnail_rgb)
         shown = opened.thumbnail_rgb if opened.tissue is None else picture(opened.thumbnail_rgb, opened.tissue.mask)
         export.write_picture(with_ending(stem, TISSUE_PICTURE), shown)
         begun = time.perf_counter()
@@ -355,17 +356,3 @@ class Manifest:
             self._written = time.monotonic()
             with export.replacing(self.path) as out:
                 out.write((json.dumps(self.states, indent=1) + "\n").encode())
-
-
-def parse_slide_formats(text: str) -> tuple[str, ...]:
-    """Comma-separated names of `WRITERS`; raises UserError for any other, listing the choices."""
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    unknown = [name for name in names if name not in WRITERS]
-    if unknown or not names:
-        raise UserError(f"--formats {text!r}: of slides choose one or more of {','.join(WRITERS)}")
-    return names
-
-
-def threads_per_worker(workers: int) -> int:
-    """Threads for each of several processes on this machine."""
-    return max(1, (os.cpu_count() or 1) // workers)

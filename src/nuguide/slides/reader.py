@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
-from nuguide.images import DECODER_ERRORS, TIFF_STARTS, plain_errors, read_image
+from nuguide.images import DECODER_ERRORS, SLIDE_SUFFIXES, TIFF_STARTS, declared_px, plain_errors, read_image
 from nuguide.slides.pyramid import PyramidSlide, is_pyramid
 from nuguide.slides.slide import Level, Slide
 from nuguide.slides.vendor import INSTALL, VendorSlide, detect, is_installed
@@ -15,7 +15,26 @@ from nuguide.types import UserError
 
 # What OpenSlide alone reads rightly, though some look like a TIFF or a JPEG. An SVS is an ordinary TIFF mostly.
 OPENSLIDE_SUFFIXES = (".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".dcm")
+LARGE_PX = 64_000_000      # from here on an image is better read and segmented piece by piece
 MAX_SIDE_PX = 2_000_000    # half a meter of glass
+
+
+def is_slide(path: Path) -> bool:
+    """Whether a file is better segmented as a slide: of a scanner's format, a pyramid, or with `LARGE_PX` or more."""
+    if path.suffix.lower() in (*SLIDE_SUFFIXES, ".dcm") or declared_px(path) >= LARGE_PX:
+        return True
+    try:
+        with path.open("rb") as file:
+            looks_like_tiff = file.read(4).startswith(TIFF_STARTS)
+        if not looks_like_tiff:
+            return False
+        slide = _scanned(path)
+    except (*DECODER_ERRORS, UserError):
+        return False
+    if slide is None:
+        return False
+    with slide:
+        return len(slide.levels) > 1
 
 
 def open_slide(path: Path) -> Slide:

@@ -34,7 +34,7 @@ def summarize(
     probability, areas = 0.0, [np.zeros(0)]
     for _, _, part in store.all(labels=False):
         areas.append(part.table["area_um2"].to_numpy())
-        probability += float(part.table["probability"].sum())
+        probability += float(part.table["probability"].to_numpy().sum())
     area_um2 = np.concatenate(areas)
     nuclei = len(area_um2)
     layout = store.layout

@@ -49,8 +49,7 @@ class About:
 
     Attributes:
         slide: its name, from which the ids of its nuclei follow. model: that found them.
-        bounds_px: (top, left) in level-0 pixels of what QuPath shows of the slide, which is less than all of it where
-            the scanner noted the bounds of what it scanned.
+        bounds_px: (x, y) where level 0 begins in the whole scan, of which QuPath shows no more; see `Slide.bounds_px`.
         thumbnail_rgb: (h, w, 3) uint8 of the whole slide, or None.
     """
 
@@ -61,10 +60,17 @@ class About:
 
 
 class Writer(NamedTuple):
-    """How the names of its files end, and the function that writes one."""
+    """How the names of its files end, the function that writes one, and the extra and libraries that it needs."""
 
     ending: str
     write: Callable[[PartStore, Path, About], None]
+    extra: str = ""
+    needs: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """UserError with the command that installs them, where its libraries are missing."""
+        for name in self.needs:
+            _library(name, self.extra)
 
 
 # Tables
@@ -136,10 +142,10 @@ def write_geojson_gz(store: PartStore, path: Path, about: About) -> None:
 
 
 def _features(store: PartStore, about: About) -> Iterator[str]:
-    (scale_y, scale_x), (top, left) = store.layout.fine_scale, about.bounds_px
+    scale_y, scale_x = store.layout.fine_scale
     for _, first, part in store.all(labels=False):
         table = part.table.assign(id=part.table["id"] + first)
-        yield from export.features(part.rings, table, about.slide, (scale_x, scale_y), (left, top))
+        yield from export.features(part.rings, table, about.slide, (scale_x, scale_y))
 
 
 # Label maps
@@ -306,7 +312,7 @@ def _write_pyramid(group: Any, windows: LabelWindows) -> None:
 def write_spatialdata(store: PartStore, path: Path, about: About) -> None:
     """Labels, polygons and table as SpatialData, in the coordinate systems "global" (level-0 pixels) and "microns".
 
-    Elements: labels nuclei_labels, shapes nuclei (indexed by id; not cut to `bounds_px`), table with all measurements,
+    Elements: labels nuclei_labels, shapes nuclei (indexed by id), table with all measurements,
     which annotates the shapes by the column id; labels have the same numbers. Labels are streamed, but the library
     takes shapes and table as a whole only: more than `MOST_SHAPES` nuclei are refused.
     """
@@ -386,14 +392,14 @@ def write_heatmap(store: PartStore, path: Path, about: About) -> None:
 
 
 WRITERS = {
-    "parquet": Writer(".parquet", write_parquet),
+    "parquet": Writer(".parquet", write_parquet, "slides", ("pyarrow.parquet",)),
     "csv": Writer(".csv", write_csv),
     "geojson": Writer(".geojson", write_geojson),
     "geojson.gz": Writer(".geojson.gz", write_geojson_gz),
     "labels": Writer(".labels.ome.tif", write_labels),
-    "ome-zarr": Writer(".ome.zarr", write_ome_zarr),
-    "ome-zarr-0.5": Writer(".v0.5.ome.zarr", write_ome_zarr_05),
-    "spatialdata": Writer(".spatialdata.zarr", write_spatialdata),
+    "ome-zarr": Writer(".ome.zarr", write_ome_zarr, "slides", ("zarr",)),
+    "ome-zarr-0.5": Writer(".v0.5.ome.zarr", write_ome_zarr_05, "slides", ("zarr",)),
+    "spatialdata": Writer(".spatialdata.zarr", write_spatialdata, "spatialdata", ("spatialdata",)),
     "heatmap": Writer(".heatmap.png", write_heatmap),
 }
 

@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ from nuguide.evaluate import interval, paired, read_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
-PAGES = ("README.md", "docs/results.md", "src/nuguide/models/default/README.md")
+PAGES = ("README.md", "docs/results.md", "docs/slides.md", "src/nuguide/models/default/README.md")
 SETS = {
     "nuinsseg": "NuInsSeg, organs held out",
     "tnbc": "TNBC, slides held out",
@@ -163,9 +164,56 @@ def seams() -> str:
     return "\n".join(lines)
 
 
+def slide_lines(kind: str) -> list[dict[str, Any]]:
+    """The lines of one part of the benchmark of slides."""
+    rows = [json.loads(line) for line in (RESULTS / "slide.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["benchmark"] == f"slide {kind}"]
+
+
+def slide_growth() -> str:
+    """Time, shares and memory of slides of growing size."""
+    lines = [
+        "| network | slide, px | tissue, mm2 | nuclei found (drawn) | seconds per mm2 | read / network / nuclei / write "
+        "| peak memory, MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in slide_lines("growth"):
+        height, width = row["slide_px"]
+        shares = " / ".join(f"{100 * row['share'][stage]:.0f}%" for stage in ("read", "network", "nuclei", "write"))
+        lines.append(
+            f"| {row['network']} | {width:,} x {height:,} | {row['tissue_mm2']:.2f} | {row['nuclei']:,} "
+            f"({row['nuclei_drawn']:,}) | {row['seconds_per_mm2']:.1f} | {shares} | {row['peak_mb']:,} |"
+        )
+    return "\n".join(lines)
+
+
+def slide_seams() -> str:
+    """Regions against one piece."""
+    lines = ["| regions | nuclei | PQ | lost: seams / elsewhere | split | merged |", "|---|---|---|---|---|---|"]
+    for row in slide_lines("seams"):
+        rates = [row[fate] for fate in ("lost", "split", "merged")]
+        cells = [f"{100 * rate['seam']:.1f}% / {100 * rate['elsewhere']:.1f}%" for rate in rates]
+        lines.append(f"| {row['regions']} | {row['nuclei']:,} | {row['pq']:.3f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def slide_beside() -> str:
+    """Against the naive loop, and two workers against one."""
+    lines = ["| slide, px | | seconds | peak memory, MB |", "|---|---|---|---|"]
+    for kind, names in (("naive", {"ours": "nuguide segment", "naive": "a plain loop over tiles"}),
+                        ("cluster", {"one": "Dask, one worker of one thread", "two": "Dask, two such workers"})):
+        for row in slide_lines(kind):
+            height, width = row["slide_px"]
+            for key, called in names.items():
+                run = row[key]
+                lines.append(f"| {width:,} x {height:,} | {called} | {run['seconds']:.0f} | {run['peak_mb']:,} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy, "guidance": guidance, "groups": groups, "screen": screen, "speed": speed, "seams": seams,
     "training": training, "flips": flips, "precision": precision,
+    "slide_growth": slide_growth, "slide_seams": slide_seams, "slide_beside": slide_beside,
 }
 
 

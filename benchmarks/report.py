@@ -173,7 +173,7 @@ def slide_lines(kind: str) -> list[dict[str, Any]]:
 def slide_growth() -> str:
     """Time, shares and memory of slides of growing size."""
     lines = [
-        "| network | slide, px | tissue, mm2 | nuclei found (drawn) | seconds per mm2 | read / network / nuclei / write "
+        "| network | slide, px | tissue, mm2 | nuclei found (drawn) | seconds per mm2 | read, network, nuclei, write "
         "| peak memory, MB |",
         "|---|---|---|---|---|---|---|",
     ]

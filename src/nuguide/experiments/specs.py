@@ -86,7 +86,7 @@ def _fusion(name: str, title: str, **options) -> Arm:
 
 
 def _guide(name: str, title: str, **options) -> Arm:
-    return Arm(f"x_gfb_{name}", title, {"network": "eunet3plus", "guide": name, **options}, guided=True)
+    return Arm(f"x_gfb_{name}", title, {"network": "eunet3plus", "guide": name} | options, guided=True)
 
 
 EXPERIMENTS = {
@@ -157,6 +157,7 @@ EXPERIMENTS = {
             "Frozen guide",
             (
                 _guide("sam_vit_b", "SAM ViT-B"),
+                _guide("sam_vit_b_region", "SAM ViT-B, one pass a region", guide="sam_vit_b", guide_scale="region"),
                 _guide("sam_vit_l", "SAM ViT-L"),
                 _guide("sam_vit_h", "SAM ViT-H"),
                 _guide("medsam", "MedSAM"),

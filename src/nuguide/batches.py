@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from .augment import Augmentation, augment, recolor
 from .guides import CELLS_PX, FrozenGuide
 from .guides.fitting import MEAN
-from .instances import targets
+from .instances import IGNORED, targets
 from .latents import LatentCache, RegionLatents
 from .normalize import StainNormalizer
 from .resample import resampled_size, resize_image, resize_labels
@@ -24,7 +24,8 @@ from .types import Sample
 
 
 class Batch(NamedTuple):
-    """image (B, 3, S, S) float32, RGB 0..255; target (B, 2, P, P) float32, `instances.CHANNELS`, of its middle.
+    """image (B, 3, S, S) float32, RGB 0..255; target (B, 2, P, P) float32, `instances.CHANNELS`, of its middle,
+    `instances.IGNORED` where nothing is taught.
 
     S is P and what the guide sees on both sides. latent is (B, C, h, w) where it was read from a cache, else None.
     """
@@ -36,12 +37,21 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Picture:
-    """One annotated image at the network's resolution: image (H, W, 3) uint8, labels (H, W) int32."""
+    """One annotated image at the network's resolution.
+
+    image_rgb is (H, W, 3) uint8, labels (H, W) int32; ignore, (H, W) bool or None, is True where nothing is taught.
+    """
 
     id: str
     group: str
     image_rgb: np.ndarray
     labels: np.ndarray
+    ignore: np.ndarray | None = None
+
+    @property
+    def taught(self) -> np.ndarray:
+        """The labels, `IGNORED` where nothing is taught."""
+        return self.labels if self.ignore is None else np.where(self.ignore, IGNORED, self.labels).astype(np.int32)
 
 
 def picture(
@@ -52,7 +62,8 @@ def picture(
     labels = resize_labels(sample.labels, size).astype(np.int32)
     image = resize_image(sample.image_rgb, size)
     image = exposed(image) if exposure else image
-    return Picture(sample.id, sample.group, image if stain is None else stain.apply(image), labels)
+    ignore = None if sample.ignore is None else resize_labels(sample.ignore.astype(np.int32), size) > 0
+    return Picture(sample.id, sample.group, image if stain is None else stain.apply(image), labels, ignore)
 
 
 def drawing_weights(groups: Sequence[str], balance: float) -> np.ndarray:
@@ -98,7 +109,7 @@ class Patches(Dataset):
         latent = None
         if self.cache is None:
             fill = MEAN if self.guide is not None and self.guide.scale == "region" else None
-            image, labels = augment(drawn.image_rgb, drawn.labels, self.patch_px, rng, self.how, self.around, fill)
+            image, labels = augment(drawn.image_rgb, drawn.taught, self.patch_px, rng, self.how, self.around, fill)
         else:
             assert self.guide is not None
             if self.guide.scale == "region":
@@ -144,7 +155,7 @@ def lattice_patch(
         places = [*range(0, max(side - patch_px, 0), patch_px // 2), max(side - patch_px, 0)]
         corner.append(places[rng.integers(len(places))] // multiple * multiple)
     window = tuple(slice(start, start + patch_px) for start in corner)
-    image, labels = (mirrored(part[window], patch_px, patch_px) for part in (drawn.image_rgb, drawn.labels))
+    image, labels = (mirrored(part[window], patch_px, patch_px) for part in (drawn.image_rgb, drawn.taught))
     return image, labels, (corner[0], corner[1])
 
 

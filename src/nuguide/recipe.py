@@ -24,7 +24,7 @@ class TrainOptions:
         fusion_options: other arguments of the fusion, as NAME VALUE pairs.
         levels: bottleneck fuses the guide with the deepest features alone; all lets it gate the finer ones as well.
         latent_dropout: share of the latent's channels that are dropped while training.
-        guide: efficientnet_lite0, sam_vit_b, sam_vit_l, sam_vit_h, medsam, pathosam, dinov2_small or
+        guide: efficientnet_lite0, sam_vit_b, sam_vit_l, sam_vit_h, mobile_sam, medsam, pathosam, dinov2_small or
             dinov2_base.
         guide_weights: a file, or random:SEED for the control without knowledge; else the published ones.
         guide_px: side to which a patch is resized for the guide; the guide's own where not given.

@@ -160,6 +160,7 @@ EXPERIMENTS = {
                 _guide("sam_vit_b_region", "SAM ViT-B, one pass a region", guide="sam_vit_b", guide_scale="region"),
                 _guide("sam_vit_l", "SAM ViT-L"),
                 _guide("sam_vit_h", "SAM ViT-H"),
+                _guide("mobile_sam", "MobileSAM"),
                 _guide("medsam", "MedSAM"),
                 _guide("pathosam", "PathoSAM"),
                 _guide("dinov2_small", "DINOv2 ViT-S/14"),

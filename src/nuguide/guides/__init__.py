@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..types import UserError
-from . import dinov2, efficientnet, sam
+from . import dinov2, efficientnet, mobilesam, sam
 from .fitting import MEAN
 from .weights import GuideSpec, file_sha256, find_weights, load_state, remedy
 
@@ -32,6 +32,11 @@ SAM_CITATION = "Kirillov et al., Segment Anything, ICCV 2023, arXiv 2304.02643"
 
 def _adapt_sam(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     assert isinstance(network, sam.SamGuide)
+    return network.adapted(state)
+
+
+def _adapt_mobilesam(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    assert isinstance(network, mobilesam.MobileSamGuide)
     return network.adapted(state)
 
 
@@ -111,6 +116,22 @@ GUIDES = {
         home=SAM_HOME,
         citation=SAM_CITATION,
         hugging_face="facebook/sam-vit-huge",
+    ),
+    "mobile_sam": GuideSpec(
+        name="mobile_sam",
+        build=lambda image_px: mobilesam.MobileSamGuide(image_px or sam.NATIVE_PX),
+        adapt=_adapt_mobilesam,
+        channels=sam.LATENT_CHANNELS,
+        stride=sam.PATCH_PX,
+        image_px=SAM_SIZES_PX,
+        filename="mobile_sam.pt",
+        url="https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt",
+        sha256="6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+        bytes=40728226,
+        license="Apache-2.0",
+        home="https://github.com/ChaoningZhang/MobileSAM",
+        citation="Zhang et al., Faster Segment Anything: Towards Lightweight SAM for Mobile Applications, "
+        "arXiv 2306.14289",
     ),
     "medsam": GuideSpec(
         name="medsam",

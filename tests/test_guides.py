@@ -318,7 +318,7 @@ def test_mobile_sam_has_the_tensors_of_the_official_file():
     parameters = sum(parameter.numel() for parameter in ours.parameters())
     neck, classifier = 320 * 256 + 2304 * 256 + 4 * 256, 2 * 320 + 321_000
     assert parameters - neck + classifier == 5_392_764   # TinyViT-5M for ImageNet
-    # with SAM's prompt encoder (6,476 numbers) and mask decoder (4,058,340) it fills the published file, but for a frame
+    # with SAM's prompt encoder (6,476 numbers) and mask decoder (4,058,340) it fills the file, but for a frame
     numbers = sum(value.numel() for value in file.values()) + 6_476 + 4_058_340
     assert 0.99 < 4 * numbers / (GUIDES["mobile_sam"].bytes or 0) < 1
 

@@ -17,6 +17,7 @@ from nuguide.batches import Patches, Picture, Stretch, collate, drawing_weights,
 from nuguide.guides import GUIDES, FrozenGuide
 from nuguide.instances import targets
 from nuguide.latents import LatentCache
+from nuguide.losses import dice_focal
 from nuguide.types import Sample
 
 STILL = Augmentation(
@@ -222,3 +223,48 @@ def test_turning_by_hand() -> None:
     assert turned(image, 0, False).tolist() == [[1, 2], [3, 4]]
     assert turned(image, 1, False).tolist() == [[2, 4], [1, 3]]                # a quarter turn to the left
     assert turned(image, 1, True).tolist() == [[4, 2], [3, 1]]                 # then flipped from left to right
+
+
+# --- what is not taught ---
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_labels_in_the_ignored_area_change_nothing_that_is_taught(
+    cached: bool, mean_color: FrozenGuide, tmp_path: Path
+) -> None:
+    ignore = np.zeros((96, 96), bool)
+    ignore[:, 40:] = True
+    plain = drawn((96, 96))
+    vague = dataclasses.replace(plain, ignore=ignore)
+    changed = dataclasses.replace(vague, labels=np.where(ignore, 7, plain.labels).astype(np.int32))
+
+    def patches(one: Picture) -> Patches:
+        cache = LatentCache(tmp_path, 10**7) if cached else None
+        return Patches([one], 64, Augmentation(), 3, guide=mean_color if cached else None, cache=cache)
+
+    ignored = 0
+    for i in range(6):
+        of_plain, of_vague, of_changed = (patches(one)[i] for one in (plain, vague, changed))
+        assert np.array_equal(of_plain[0], of_vague[0])                        # the same place, the same colors
+        assert np.array_equal(of_vague[1], of_changed[1])
+        logits = torch.randn(1, 2, 64, 64, generator=torch.Generator().manual_seed(i))
+        losses = [dice_focal(logits, torch.from_numpy(part[1])[None]) for part in (of_vague, of_changed)]
+        assert torch.equal(*losses)
+        assert set(np.unique(of_vague[1])) <= {-1, 0, 1}
+        assert np.array_equal(of_vague[1][0] < 0, of_vague[1][1] < 0)
+        ignored += int((of_vague[1][0] < 0).sum())
+        outside = of_vague[1][0] >= 0
+        assert np.array_equal(of_vague[1][0][outside], of_plain[1][0][outside])
+    assert ignored > 64 * 64                             # more than one of six patches
+
+
+def test_the_ignored_area_comes_to_the_networks_resolution(tissue: Sample) -> None:
+    ignore = np.zeros((256, 256), bool)
+    ignore[:128] = True
+    coarse = picture(dataclasses.replace(tissue, ignore=ignore), 1.0)
+    assert coarse.ignore is not None
+    assert coarse.ignore.shape == (128, 128)
+    assert coarse.ignore[:64].all()
+    assert not coarse.ignore[64:].any()
+    assert coarse.labels[:64].any()                      # whoever scores still sees them
+    assert picture(tissue, 1.0).ignore is None

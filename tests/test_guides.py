@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from nuguide import guides
-from nuguide.guides import GUIDES, FrozenGuide, dinov2, load_guide, sam
+from nuguide.guides import GUIDES, FrozenGuide, dinov2, load_guide, mobilesam, sam
 from nuguide.guides.fitting import MEAN
+from nuguide.networks import fold_batch_norm
 from nuguide.types import Sample, UserError
 
-SMALL_PX = {"dinov2_small": 224}                        # to be quick
+SMALL_PX = {"dinov2_small": 224, "mobile_sam": 256}                     # to be quick
 CATS = {281: "tabby", 282: "tiger cat", 285: "Egyptian cat"}
 
 
@@ -263,6 +264,117 @@ def test_dinov2_is_taken_unchecked_and_says_so(tmp_path: Path, monkeypatch: pyte
     assert len(guide.weights_id) == 12                          # a model pins what was found all the same
 
 
+# MobileSAM, for which no library here has an encoder to compare with: facts, and its parts by hand --------------------
+
+
+def official_mobile_sam() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the image encoder in mobile_sam.pt, written down from its published module."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def conv_norm(name: str, *weight: int) -> None:
+        shapes[f"{name}.c.weight"] = weight
+        shapes.update({f"{name}.bn.{part}": weight[:1] for part in ("weight", "bias", "running_mean", "running_var")})
+        shapes[f"{name}.bn.num_batches_tracked"] = ()
+
+    def layer(name: str, *weight: int) -> None:
+        shapes.update({f"{name}.weight": weight, f"{name}.bias": weight[:1]})
+
+    conv_norm("patch_embed.seq.0", 32, 3, 3, 3)
+    conv_norm("patch_embed.seq.2", 64, 32, 3, 3)
+    for index in (0, 1):
+        conv_norm(f"layers.0.blocks.{index}.conv1", 256, 64, 1, 1)
+        conv_norm(f"layers.0.blocks.{index}.conv2", 256, 1, 3, 3)
+        conv_norm(f"layers.0.blocks.{index}.conv3", 64, 256, 1, 1)
+    for stage, (narrow, wide) in enumerate([(64, 128), (128, 160), (160, 320)]):
+        conv_norm(f"layers.{stage}.downsample.conv1", wide, narrow, 1, 1)
+        conv_norm(f"layers.{stage}.downsample.conv2", wide, 1, 3, 3)
+        conv_norm(f"layers.{stage}.downsample.conv3", wide, wide, 1, 1)
+    for stage, width, depth, heads, window in ((1, 128, 2, 4, 7), (2, 160, 6, 5, 14), (3, 320, 2, 10, 7)):
+        for index in range(depth):
+            block = f"layers.{stage}.blocks.{index}"
+            shapes[f"{block}.attn.attention_biases"] = (heads, window * window)
+            layer(f"{block}.attn.norm", width)
+            layer(f"{block}.attn.qkv", 3 * width, width)
+            layer(f"{block}.attn.proj", width, width)
+            layer(f"{block}.mlp.norm", width)
+            layer(f"{block}.mlp.fc1", 4 * width, width)
+            layer(f"{block}.mlp.fc2", width, 4 * width)
+            conv_norm(f"{block}.local_conv", width, 1, 3, 3)
+    layer("norm_head", 320)
+    layer("head", 1000, 320)
+    neck = {"neck.0.weight": (256, 320, 1, 1), "neck.2.weight": (256, 256, 3, 3)}
+    layer("neck.1", 256)
+    layer("neck.3", 256)
+    return {f"image_encoder.{name}": shape for name, shape in (shapes | neck).items()}
+
+
+def test_mobile_sam_has_the_tensors_of_the_official_file():
+    shapes = official_mobile_sam()
+    with torch.device("meta"):
+        ours = GUIDES["mobile_sam"].build(None)
+        file = {key: torch.empty(shape) for key, shape in shapes.items()}
+    assert isinstance(ours, mobilesam.MobileSamGuide)
+    ours.load_state_dict(ours.adapted(file | {"mask_decoder.y": torch.empty(0)}), strict=True, assign=True)
+    parameters = sum(parameter.numel() for parameter in ours.parameters())
+    neck, classifier = 320 * 256 + 2304 * 256 + 4 * 256, 2 * 320 + 321_000
+    assert parameters - neck + classifier == 5_392_764   # TinyViT-5M for ImageNet
+    # with SAM's prompt encoder (6,476 numbers) and mask decoder (4,058,340) it fills the file, but for a frame
+    numbers = sum(value.numel() for value in file.values()) + 6_476 + 4_058_340
+    assert 0.99 < 4 * numbers / (GUIDES["mobile_sam"].bytes or 0) < 1
+
+
+def test_mobile_sams_latent_of_1024_px_has_sams_grid():
+    with torch.inference_mode():
+        assert GUIDES["mobile_sam"].build(None).eval()(torch.zeros(1, 3, 1024, 700)).shape == (1, 256, 64, 44)
+
+
+def test_distances_within_a_window_have_one_number_each():
+    numbers = mobilesam.distances(3)
+    assert numbers.shape == (9, 9)
+    assert numbers[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8]                  # from the corner: row by row
+    assert numbers[4].tolist() == [4, 3, 4, 1, 0, 1, 4, 3, 4]                  # from the middle
+    assert int(numbers[7, 0]) == 2 * 3 + 1                                     # two rows, one column
+    assert torch.equal(numbers, numbers.T)
+
+
+def test_window_attention_equals_the_same_written_out_window_by_window():
+    """5 x 8 tokens in windows of 7: zeros are added before the norm, and attended to."""
+    attention = mobilesam.Attention(64, 7)
+    filled(attention)
+    tokens = torch.randn(1, 5, 8, 64, generator=torch.Generator().manual_seed(2))
+    padded = torch.zeros(7, 14, 64)
+    padded[:5, :8] = tokens[0]
+    expected = torch.zeros(7, 14, 64)
+    for left in (0, 7):
+        window = attention.norm(padded[:, left : left + 7].reshape(49, 64))
+        per_head = nn.functional.linear(window, attention.qkv.weight, attention.qkv.bias).view(49, 2, 96)
+        heads = []
+        for head in range(2):
+            q, k, v = per_head[:, head].split(32, dim=1)
+            logits = q @ k.T / 32**0.5
+            for i in range(49):
+                for j in range(49):
+                    rows, columns = abs(i // 7 - j // 7), abs(i % 7 - j % 7)
+                    logits[i, j] += attention.attention_biases[head, 7 * rows + columns]
+            heads.append(logits.softmax(1) @ v)
+        out = nn.functional.linear(torch.cat(heads, 1), attention.proj.weight, attention.proj.bias)
+        expected[:, left : left + 7] = out.view(7, 7, 64)
+    assert largest_difference(attention(tokens)[0], expected[:5, :8]) < 1e-5
+
+
+def test_mobile_sam_folds_its_batch_norms_and_pads_as_sam_does(image: Tensor):
+    guide = load_guide("mobile_sam", "random:0", 256)
+    before = guide(image)
+    oblong = guide(image[..., :100, :])
+    padded = torch.tensor(MEAN).view(1, 3, 1, 1).repeat(1, 1, 256, 256)
+    padded[..., :100, :] = image[..., :100, :]
+    assert oblong.shape == (1, 256, 7, 16)
+    assert relative_error(oblong, guide(padded)[:, :, :7]) < 1e-5
+    fold_batch_norm(guide)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in guide.modules())
+    assert relative_error(guide(image), before) < 1e-4
+
+
 # What SAM's guide does around and inside the encoder ------------------------------------------------------------------
 
 
@@ -431,7 +543,7 @@ def test_weights_that_are_nowhere_are_an_error_with_a_remedy(tmp_path: Path, mon
     assert "https://github.com/computational-cell-analytics/patho-sam" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["tiny", "efficientnet_lite0", "dinov2_small"])
+@pytest.mark.parametrize("name", ["tiny", "efficientnet_lite0", "dinov2_small", "mobile_sam"])
 def test_a_guide_is_frozen(name: str, tiny: str, image: Tensor):
     guide = load_guide(name, None if name == "efficientnet_lite0" else "random:0", SMALL_PX.get(name))
     before = guide(image)
@@ -447,7 +559,7 @@ def test_a_guide_is_frozen(name: str, tiny: str, image: Tensor):
         guide(image[:, :1])
 
 
-@pytest.mark.parametrize("name", ["tiny", "efficientnet_lite0", "dinov2_small"])
+@pytest.mark.parametrize("name", ["tiny", "efficientnet_lite0", "dinov2_small", "mobile_sam"])
 def test_random_weights_are_a_seeded_control(
     name: str, tiny: str, image: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -91,3 +91,27 @@ def test_gradients_push_each_pixel_toward_its_truth_even_when_sure_and_stay_fini
     (up, down), (sure_and_wrong, _) = logits.grad[0, 0].tolist()
     assert up < 0 < down
     assert sure_and_wrong > 0
+
+
+def test_pixels_without_a_target_do_not_count() -> None:
+    # the right half is ignored: the loss is that of the left half, whatever is said or was true there
+    logits, target = torch.randn(2, 2, 8, 16, generator=torch.Generator().manual_seed(1)), mask(size=16)[:, :, :8]
+    halved = target.clone()
+    halved[..., 8:] = -1
+    said = logits.clone()
+    said[..., 8:] += 5
+    expected = dice_focal(logits[..., :8], target[..., :8])
+    assert float(dice_focal(logits, halved)) == pytest.approx(float(expected), rel=1e-6)
+    assert torch.equal(dice_focal(said, halved), dice_focal(logits, halved))
+    assert float(dice_focal(logits, target)) != pytest.approx(float(expected), rel=1e-3)
+    assert float(focal_loss(logits, torch.full_like(target, -1))) == 0
+
+
+def test_no_gradient_comes_from_what_does_not_count() -> None:
+    logits = torch.zeros(1, 2, 4, 4, requires_grad=True)
+    target = torch.ones(1, 2, 4, 4)
+    target[..., 0] = -1
+    dice_focal(logits, target).backward()
+    assert logits.grad is not None
+    assert (logits.grad[..., 0] == 0).all()
+    assert (logits.grad[..., 1:] != 0).all()

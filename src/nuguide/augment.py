@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -41,19 +42,34 @@ class Augmentation:
 
 
 def augment(
-    image_rgb: np.ndarray, labels: np.ndarray, size: int, rng: np.random.Generator, how: Augmentation, around: int = 0
+    image_rgb: np.ndarray,
+    labels: np.ndarray,
+    size: int,
+    rng: np.random.Generator,
+    how: Augmentation,
+    around: int = 0,
+    fill: Sequence[float] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A random patch, `size` pixels square, of an image (H, W, 3) uint8 and its labels (H, W) int32.
 
     The patch is centered anywhere inside; beyond the border the image is mirrored, labels with it. The image comes
-    with `around` more pixels on every side, the labels without.
+    with `around` more pixels on every side, the labels without; where a color to `fill` with is given, they show it
+    instead of the mirrored image.
     """
     x, y = geometry(image_rgb.shape[:2], size, rng, how, around)
     patch = cv2.remap(image_rgb, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+    beyond = np.zeros(x.shape, bool)
+    if fill is not None:
+        height, width = image_rgb.shape[:2]
+        beyond = (x < -0.5) | (x > width - 0.5) | (y < -0.5) | (y > height - 0.5)
+        beyond[around : around + size, around : around + size] = False
     x, y = (np.ascontiguousarray(place[around : around + size, around : around + size]) for place in (x, y))
     # float32 holds label values exactly up to 2^24; remap takes no int32
     found = cv2.remap(labels.astype(np.float32), x, y, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REFLECT_101)
-    return recolor(patch, rng, how), found.astype(np.int32)
+    patch = recolor(patch, rng, how)
+    if fill is not None:
+        patch[beyond] = np.rint(fill)
+    return patch, found.astype(np.int32)
 
 
 def geometry(

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .augment import Augmentation, augment, recolor
-from .guides import FrozenGuide
-from .instances import targets
-from .latents import LatentCache
+from .guides import CELLS_PX, FrozenGuide
+from .guides.fitting import MEAN
+from .instances import IGNORED, targets
+from .latents import LatentCache, RegionLatents
 from .normalize import StainNormalizer
 from .resample import resampled_size, resize_image, resize_labels
 from .stain import exposed
@@ -23,7 +24,8 @@ from .types import Sample
 
 
 class Batch(NamedTuple):
-    """image (B, 3, S, S) float32, RGB 0..255; target (B, 2, P, P) float32, `instances.CHANNELS`, of its middle.
+    """image (B, 3, S, S) float32, RGB 0..255; target (B, 2, P, P) float32, `instances.CHANNELS`, of its middle,
+    `instances.IGNORED` where nothing is taught.
 
     S is P and what the guide sees on both sides. latent is (B, C, h, w) where it was read from a cache, else None.
     """
@@ -35,12 +37,21 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Picture:
-    """One annotated image at the network's resolution: image (H, W, 3) uint8, labels (H, W) int32."""
+    """One annotated image at the network's resolution.
+
+    image_rgb is (H, W, 3) uint8, labels (H, W) int32; ignore, (H, W) bool or None, is True where nothing is taught.
+    """
 
     id: str
     group: str
     image_rgb: np.ndarray
     labels: np.ndarray
+    ignore: np.ndarray | None = None
+
+    @property
+    def taught(self) -> np.ndarray:
+        """The labels, `IGNORED` where nothing is taught."""
+        return self.labels if self.ignore is None else np.where(self.ignore, IGNORED, self.labels).astype(np.int32)
 
 
 def picture(
@@ -51,7 +62,8 @@ def picture(
     labels = resize_labels(sample.labels, size).astype(np.int32)
     image = resize_image(sample.image_rgb, size)
     image = exposed(image) if exposure else image
-    return Picture(sample.id, sample.group, image if stain is None else stain.apply(image), labels)
+    ignore = None if sample.ignore is None else resize_labels(sample.ignore.astype(np.int32), size) > 0
+    return Picture(sample.id, sample.group, image if stain is None else stain.apply(image), labels, ignore)
 
 
 def drawing_weights(groups: Sequence[str], balance: float) -> np.ndarray:
@@ -96,11 +108,15 @@ class Patches(Dataset):
         drawn = self.pictures[rng.choice(len(self.pictures), p=self.weights)]
         latent = None
         if self.cache is None:
-            image, labels = augment(drawn.image_rgb, drawn.labels, self.patch_px, rng, self.how, self.around)
+            fill = MEAN if self.guide is not None and self.guide.scale == "region" else None
+            image, labels = augment(drawn.image_rgb, drawn.taught, self.patch_px, rng, self.how, self.around, fill)
         else:
             assert self.guide is not None
-            image, labels = lattice_patch(drawn, self.patch_px, rng)
-            latent = self.cache.latent(self.guide, image, self.pool)
+            if self.guide.scale == "region":
+                image, labels, latent = self._region_patch(drawn, self.guide, self.cache, rng)
+            else:
+                image, labels, _ = lattice_patch(drawn, self.patch_px, rng)
+                latent = self.cache.latent(self.guide, image, self.pool)
             turns, flip = int(rng.integers(4)), bool(rng.integers(2))
             image, labels = turned(image, turns, flip), turned(labels, turns, flip)
             latent = torch.rot90(latent, turns, (1, 2))
@@ -109,26 +125,46 @@ class Patches(Dataset):
         return image, targets(labels), latent
 
 
+    def _region_patch(
+        self, drawn: Picture, guide: FrozenGuide, cache: LatentCache, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        """A patch of the lattice, its corner on a cell of the latent, and its part of the regions' latents."""
+        image, labels, (top, left) = lattice_patch(drawn, self.patch_px, rng, guide.spec.stride)
+        whole = mirrored(drawn.image_rgb, *(max(side, self.patch_px) for side in drawn.labels.shape))
+        whole = mirrored(whole, *(-(-side // CELLS_PX) * CELLS_PX for side in whole.shape[:2]))
+        known = RegionLatents(whole.shape[:2], guide, lambda region: cache.latent(guide, whole[region.window]))  # pyright: ignore[reportArgumentType]
+        return image, labels, known.part(top, left, top + self.patch_px, left + self.patch_px)
+
+
 def turned(image: np.ndarray, turns: int, flip: bool) -> np.ndarray:
     """An image (H, W, ...) after quarter turns and then, if asked, a flip from left to right."""
     image = np.rot90(image, turns)
     return np.ascontiguousarray(image[:, ::-1] if flip else image)
 
 
-def lattice_patch(drawn: Picture, patch_px: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A square patch at a multiple of half its side, mirrored where the picture is smaller."""
+def lattice_patch(
+    drawn: Picture, patch_px: int, rng: np.random.Generator, multiple: int = 1
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """A square patch at a multiple of half its side, mirrored where the picture is smaller: image, labels, its corner.
+
+    Args:
+        multiple: corners are moved up and left to multiples of this, in pixels.
+    """
     corner = []
     for side in drawn.labels.shape:
         places = [*range(0, max(side - patch_px, 0), patch_px // 2), max(side - patch_px, 0)]
-        corner.append(places[rng.integers(len(places))])
+        corner.append(places[rng.integers(len(places))] // multiple * multiple)
     window = tuple(slice(start, start + patch_px) for start in corner)
-    missing = [max(patch_px - side, 0) for side in drawn.labels.shape]
-    image, labels = drawn.image_rgb[window], drawn.labels[window]
-    if any(missing):
-        below_right = [(0, pixels) for pixels in missing]
-        image = np.pad(image, [*below_right, (0, 0)], mode="symmetric")
-        labels = np.pad(labels, below_right, mode="symmetric")
-    return image, labels
+    image, labels = (mirrored(part[window], patch_px, patch_px) for part in (drawn.image_rgb, drawn.taught))
+    return image, labels, (corner[0], corner[1])
+
+
+def mirrored(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """An image (H, W, ...) made as large as (height, width) by mirroring it at its last row and column."""
+    below, right = height - image.shape[0], width - image.shape[1]
+    if not below and not right:
+        return image
+    return np.pad(image, [(0, below), (0, right), *[(0, 0)] * (image.ndim - 2)], mode="symmetric")
 
 
 class Stretch(Sampler):

@@ -35,7 +35,7 @@ class ModelSpec:
         fusion, fusion_options: a name of `FUSIONS`, or None for a network without a guide. latent_dropout: of `Guided`.
         levels: one of `LEVELS`: where the guide comes in.
         guide, guide_weights, guide_px: a name of `GUIDES`, the id of its weights, and the side in pixels to which a
-            tile is resized for it (None: as it is).
+            tile is resized for it (None: as it is). guide_scale: of `FrozenGuide`.
         mpp: microns per pixel the network works at. exposure: whether images are brought to one exposure first.
         stain: of `normalize.StainNormalizer`, measured over the training images; empty where they stayed as they were.
         tile_px: side of the tiles it was trained on.
@@ -53,6 +53,7 @@ class ModelSpec:
     guide: str | None = None
     guide_weights: str | None = None
     guide_px: int | None = None
+    guide_scale: str = "tile"
     mpp: float = 0.5
     exposure: bool = False
     stain: dict = field(default_factory=dict)
@@ -177,7 +178,7 @@ def load(name: str | Path, guide: FrozenGuide | None = None) -> tuple[nn.Module,
         named = str(spec.guide_weights)
         weights = named.replace("-", ":", 1) if named.startswith("random-") else None
         try:
-            guide = guide or load_guide(spec.guide, weights=weights, image_px=spec.guide_px)
+            guide = guide or load_guide(spec.guide, weights, spec.guide_px, spec.guide_scale)
         except ValueError as error:
             raise UserError(f"{folder / CONFIG}: not a model description ({error}); train the model again") from error
         if spec.guide_weights not in (None, guide.weights_id):

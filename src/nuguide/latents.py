@@ -8,6 +8,7 @@ import os
 import time
 import uuid
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from .guides import FrozenGuide
+from .guides import CELLS_PX, FrozenGuide
 from .networks.blocks import MaxBlurPool
-from .types import UserError
+from .tiling import regions
+from .types import Tile, UserError
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +135,49 @@ class _File(NamedTuple):
     path: Path
     bytes: int
     used_s: float
+
+
+class RegionLatents:
+    """The latent of any part of an image, pieced together from regions that are each encoded once, when first needed.
+
+    For guides of scale "region". Each cell comes from the region whose core holds it.
+
+    Args:
+        shape: (H, W) of the image, at the network's resolution. guide: gives the regions' side and the cells' size.
+        encode: the latent (C, h, w) of a region, as `FrozenGuide` of scale "region" makes it.
+    """
+
+    def __init__(self, shape: tuple[int, int], guide: FrozenGuide, encode: Callable[[Tile], Tensor]):
+        assert guide.image_px is not None
+        self.stride, self.encode = guide.spec.stride, encode
+        self.regions = regions(shape, guide.image_px, CELLS_PX)
+        self.known: dict[Tile, Tensor] = {}
+
+    def part(self, top: int, left: int, bottom: int, right: int) -> Tensor:
+        """The latent (C, h, w) of a rectangle of the image whose sides are multiples of the stride.
+
+        Parts are to be asked for from the top down: regions that end above `top` are forgotten.
+        """
+        self.known = {region: latent for region, latent in self.known.items() if region.core_bottom > top}
+        stride, result = self.stride, None
+        for region in self.regions:
+            rows = range(max(region.core_top, top), min(region.core_bottom, bottom), stride)
+            columns = range(max(region.core_left, left), min(region.core_right, right), stride)
+            if not rows or not columns:
+                continue
+            if region not in self.known:
+                self.known[region] = self.encode(region)
+            latent = self.known[region]
+            if result is None:
+                result = latent.new_zeros(len(latent), (bottom - top) // stride, (right - left) // stride)
+            cells = [
+                [slice((run[0] - first) // stride, (run[0] - first) // stride + len(run)) for first in firsts]
+                for run, *firsts in ((rows, region.top, top), (columns, region.left, left))
+            ]
+            (from_rows, to_rows), (from_columns, to_columns) = cells
+            result[:, to_rows, to_columns] = latent[:, from_rows, from_columns]
+        assert result is not None
+        return result
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The training loss: soft Dice + focal, in equal parts, on logits."""
+"""The training loss: soft Dice + focal, in equal parts, on logits; pixels with a target below 0 do not count."""
 
 from __future__ import annotations
 
@@ -9,19 +9,30 @@ from torch.nn import functional as F
 def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
     """1 - soft Dice of each channel over the whole batch, averaged over channels.
 
-    logits, target: (B, C, H, W), target in 0..1. A perfect prediction gives 0; `smooth` pixels are added above and
-    below, so a channel that is empty in both gives 0 too.
+    logits, target: (B, C, H, W), target in 0..1, or below 0 where it does not count. A perfect prediction gives 0;
+    `smooth` pixels are added above and below, so a channel that is empty in both gives 0 too.
     """
-    probability = logits.sigmoid()
+    counts, target = counted(target)
+    probability = logits.sigmoid() * counts
     overlap = (probability * target).sum((0, 2, 3))
     total = probability.sum((0, 2, 3)) + target.sum((0, 2, 3))
     return (1 - (2 * overlap + smooth) / (total + smooth)).mean()
 
 
 def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
-    """Mean of (1 - p_t)^gamma * cross entropy (Lin 2017), p_t the probability given to the true class."""
+    """Mean of (1 - p_t)^gamma * cross entropy (Lin 2017), p_t the probability given to the true class.
+
+    Taken over the pixels whose target is not below 0; 0 where there is none.
+    """
+    counts, target = counted(target)
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return ((1 - (-entropy).exp()) ** gamma * entropy).mean()
+    loss = ((1 - (-entropy).exp()) ** gamma * entropy * counts).mean()
+    return loss * (counts.numel() / counts.sum().clamp(min=1))
+
+
+def counted(target: Tensor) -> tuple[Tensor, Tensor]:
+    """(1 where a pixel counts and 0 where not, the target with 0 where it does not)."""
+    return (target >= 0).to(target.dtype), target.clamp(min=0)
 
 
 def dice_focal(logits: Tensor, target: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from . import checkpoint
 from .checkpoint import ModelSpec
 from .guides import load_guide
 from .instances import CHANNELS, Separation, enlarge, separate
+from .latents import RegionLatents
 from .machine import choose_arithmetic, choose_device, keep_freed_memory
 from .networks import fold_batch_norm
 from .networks.int8 import to_int8
@@ -78,7 +79,7 @@ class Predictor:
             self.guide = fold_batch_norm(guide.eval()).to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.spec = spec
         self.stain = StainNormalizer.from_dict(spec.stain) if spec.stain else None
-        self.tile_px = tile_px or (spec.tile_px if guide is not None and resizes(guide) else TILE_PX)
+        self.tile_px = tile_px or (max(spec.tile_px, 2 * PHASE_PX) if guide is not None and resizes(guide) else TILE_PX)
         self.batch, self._overlap_px, self.flips = batch, overlap_px, flips
         self.separation = separation or Separation(**spec.separation)
 
@@ -187,15 +188,37 @@ class Predictor:
         self, image_rgb: np.ndarray, tiles: list[Tile], progress: Callable[[int, int], None] | None
     ) -> Iterator[tuple[Tile, np.ndarray]]:
         done = 0
+        of_tile = self._latents(image_rgb)
         for group in batches(tiles, self.batch):
             stack = np.stack([padded(image_rgb[tile.window], PHASE_PX) for tile in group])
-            latents = None if self.guide is None else [self.latent(image_rgb, tile) for tile in group]
+            latents = None if of_tile is None else [of_tile(tile) for tile in group]
             maps = self.maps(as_batch(stack), None if latents is None else torch.cat(latents)).numpy()
             for tile, values in zip(group, maps, strict=True):
                 yield tile, values[:, : tile.bottom - tile.top, : tile.right - tile.left]
             done += len(group)
             if progress is not None:
                 progress(done, len(tiles))
+
+    def _latents(self, image_rgb: np.ndarray) -> Callable[[Tile], Tensor] | None:
+        """What gives the latent (1, C, h, w) of each tile of an image, asked for from the top down."""
+        if self.guide is None:
+            return None
+        if not sees_regions(self.guide):
+            return lambda tile: self.latent(image_rgb, tile)
+        image = padded(image_rgb, PHASE_PX)
+
+        def encode(region: Tile) -> Tensor:
+            assert self.guide is not None
+            with self._computing():
+                return self.guide(self._on_device(as_batch(image[region.window][None])))[0]
+
+        known = RegionLatents(image.shape[:2], self.guide, encode)  # pyright: ignore[reportArgumentType]
+
+        def part(tile: Tile) -> Tensor:
+            bottom, right = (-(-side // PHASE_PX) * PHASE_PX for side in (tile.bottom, tile.right))
+            return known.part(tile.top, tile.left, bottom, right)[None]
+
+        return part
 
     def latent(self, image_rgb: np.ndarray, tile: Tile) -> Tensor:
         """The guide's latent (1, C, h, w) of a tile, seen with what lies around it.
@@ -266,6 +289,11 @@ def resizes(guide: nn.Module) -> bool:
     return getattr(guide, "image_px", None) is not None
 
 
+def sees_regions(guide: nn.Module | None) -> bool:
+    """Whether a guide sees images at their own scale, in squares of its own size."""
+    return getattr(guide, "scale", None) == "region"
+
+
 def as_batch(images: np.ndarray) -> Tensor:
     """Images (B, H, W, 3) as (B, 3, H, W)."""
     return torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -299,5 +327,5 @@ def load(
         spec = checkpoint.read_spec(checkpoint.model_folder(name))
         if spec.guide is None:
             raise UserError(f"{name}: has no guide, so guide_weights cannot be its weights; leave them out")
-        guide = load_guide(spec.guide, weights=guide_weights, image_px=spec.guide_px)
+        guide = load_guide(spec.guide, guide_weights, spec.guide_px, spec.guide_scale)
     return Predictor(*checkpoint.load(name, guide), device=device, precision=precision, batch=batch, **options)

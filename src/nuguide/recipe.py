@@ -24,10 +24,12 @@ class TrainOptions:
         fusion_options: other arguments of the fusion, as NAME VALUE pairs.
         levels: bottleneck fuses the guide with the deepest features alone; all lets it gate the finer ones as well.
         latent_dropout: share of the latent's channels that are dropped while training.
-        guide: efficientnet_lite0, sam_vit_b, sam_vit_l, sam_vit_h, medsam, pathosam, dinov2_small or
+        guide: efficientnet_lite0, sam_vit_b, sam_vit_l, sam_vit_h, mobile_sam, medsam, pathosam, dinov2_small or
             dinov2_base.
         guide_weights: a file, or random:SEED for the control without knowledge; else the published ones.
         guide_px: side to which a patch is resized for the guide; the guide's own where not given.
+        guide_scale: tile brings each patch to the guide's size, as in the papers; region lets the guide see the patch
+            at the network's resolution within a square of guide_px, so one pass serves all tiles of a region.
         latents: live lets the guide see each augmented patch; cached computes each latent once and varies patches only
             by quarter turns, flips and color, for guides too slow to run at every step.
         mpp: microns per pixel to train at.
@@ -62,6 +64,7 @@ class TrainOptions:
     guide: str = "efficientnet_lite0"
     guide_weights: str | None = None
     guide_px: int | None = None
+    guide_scale: str = "tile"
     latents: str = "live"
     mpp: float = 0.5
     exposure: bool = False
@@ -82,6 +85,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         for name, value, choices in (("latents", self.latents, ("live", "cached")),
+                                     ("guide_scale", self.guide_scale, ("tile", "region")),
                                      ("schedule", self.schedule, ("cosine", "constant")),
                                      ("normalize_stain", self.normalize_stain, ("none", *METHODS))):
             if value not in choices:

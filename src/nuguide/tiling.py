@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -43,6 +44,32 @@ def spans(side: int, tile: int, overlap: int, multiple: int) -> list[tuple[int, 
     stops = [min(start + length, side) for start in starts]
     cuts = [0, *((start + stop) // 2 for start, stop in zip(starts[1:], stops, strict=False)), side]
     return list(zip(starts, stops, cuts, cuts[1:], strict=False))
+
+
+def regions(shape: tuple[int, int], side_px: int, multiple: int) -> list[Tile]:
+    """As few squares as cover an image, each of the whole side where the image is so large, in rows from the top left.
+
+    They spread evenly; cores end near the middle of what two share, at multiples of `multiple`.
+
+    Args:
+        shape: (H, W) of the image. side_px: a multiple of `multiple`.
+    """
+    rows, columns = ([*_whole_spans(side, side_px, multiple)] for side in shape)
+    return [
+        Tile(top, left, bottom, right, core_top, core_left, core_bottom, core_right)
+        for top, bottom, core_top, core_bottom in rows
+        for left, right, core_left, core_right in columns
+    ]
+
+
+def _whole_spans(side: int, length: int, multiple: int) -> Iterator[tuple[int, int, int, int]]:
+    """(start, stop, core start, core stop) of each region along one side."""
+    count = max(1, math.ceil(side / length))
+    spare = max(-(-side // multiple) * multiple - length, 0)
+    starts = [round(i * spare / max(count - 1, 1) / multiple) * multiple for i in range(count)]
+    cuts = [0, *((start + before + length) // 2 // multiple * multiple for before, start in pairwise(starts)), side]
+    for start, (core_start, core_stop) in zip(starts, pairwise(cuts), strict=True):
+        yield start, min(start + length, side), core_start, core_stop
 
 
 def ramp(start: int, stop: int, side: int, overlap_px: int, margin_px: int) -> np.ndarray:

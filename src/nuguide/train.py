@@ -29,11 +29,12 @@ from .batches import Batch, Patches, Picture, Stretch, collate, picture
 from .calibrate import calibrate
 from .checkpoint import ModelSpec
 from .datasets import Dataset
-from .guides import FrozenGuide, load_guide
-from .latents import LatentCache
+from .guides import CELLS_PX, FrozenGuide, load_guide
+from .latents import LatentCache, RegionLatents
 from .losses import dice_focal
 from .machine import choose_device, choose_precision, keep_freed_memory
 from .metrics import dice
+from .networks.blocks import cropped, pad_to_stride
 from .normalize import StainNormalizer
 from .recipe import TrainOptions
 from .resample import resampled_size, resize_image
@@ -67,10 +68,21 @@ class Training(lightning.LightningModule):
         guide = self.frozen[0]
         if guide is None:
             return self.model(image)
+        if latent is None and isinstance(guide, FrozenGuide) and guide.scale == "region":
+            return self.by_regions(image, guide)
         if latent is None:
             with torch.no_grad():
                 latent = guide(image)
         return self.model(image, latent)
+
+    def by_regions(self, image: Tensor, guide: FrozenGuide) -> Tensor:
+        """Logits of one image (1, 3, H, W) of any size, its guide run region by region."""
+        whole = pad_to_stride(image, CELLS_PX)
+        shape = (whole.shape[-2], whole.shape[-1])
+        with torch.no_grad():
+            known = RegionLatents(shape, guide, lambda region: guide(whole[..., *region.window])[0])
+            latent = known.part(0, 0, *shape)[None]
+        return cropped(self.model(whole, latent), *image.shape[-2:])
 
     def on_fit_start(self) -> None:
         if self.frozen[0] is not None:
@@ -234,7 +246,9 @@ def fit(
     guide = None
     try:
         if options.fusion != "none":
-            guide = load_guide(options.guide, weights=options.guide_weights, image_px=options.guide_px)
+            guide = load_guide(options.guide, options.guide_weights, options.guide_px, options.guide_scale)
+        if guide is not None and guide.scale == "region" and options.patch_px > (guide.image_px or 0):
+            raise ValueError(f"patch_px {options.patch_px} is more than the guide's region of {guide.image_px} px")
         stain = fitted_stain(options, train)
         spec = model_spec(options, guide, train, val, stain)
         model = checkpoint.build(spec, None if guide is None else guide.channels)
@@ -282,7 +296,7 @@ def loaders(
     cache = pool = None
     if guide is not None and options.latents == "cached":
         cache, pool = LatentCache(out / "latents", LATENTS_MAX_BYTES), options.patch_px // 16
-    around = 0 if guide is None or cache is not None or guide.image_px is not None else options.context_px
+    around = surroundings(guide, cache, options)
     patches = Patches(
         train, options.patch_px, options.augmentation, options.seed, options.balance, guide, cache, pool, around
     )
@@ -291,6 +305,16 @@ def loaders(
         DataLoader(patches, batch_size=options.batch, sampler=Stretch(steps * options.batch), collate_fn=collate),
         DataLoader(val, batch_size=1, collate_fn=one_image),  # pyright: ignore[reportArgumentType]
     )
+
+
+def surroundings(guide: FrozenGuide | None, cache: LatentCache | None, options: TrainOptions) -> int:
+    """How far beyond a patch, on every side, the guide sees at each step, in pixels."""
+    if guide is None or cache is not None:
+        return 0
+    if guide.scale == "region":
+        assert guide.image_px is not None
+        return (guide.image_px - options.patch_px) // 2
+    return 0 if guide.image_px is not None else options.context_px
 
 
 @contextlib.contextmanager
@@ -347,6 +371,7 @@ def model_spec(
         guide=None if guide is None else options.guide,
         guide_weights=None if guide is None else str(guide.weights_id),
         guide_px=options.guide_px,
+        guide_scale="tile" if guide is None else options.guide_scale,
         mpp=options.mpp,
         exposure=options.exposure,
         stain={} if stain is None else stain.to_dict(),
@@ -369,7 +394,8 @@ def started(
         UserError: that model is of another kind, or was trained on a group that is to be validated on.
     """
     known, _, before = checkpoint.load(start, guide)
-    kind = ("network", "network_options", "fusion", "fusion_options", "levels", "guide", "guide_weights", "mpp")
+    kind = ("network", "network_options", "fusion", "fusion_options", "levels", "guide", "guide_weights", "guide_scale",
+            "mpp")
     if other := [name for name in kind if getattr(before, name) != getattr(spec, name)]:
         told = ", ".join(f"{name} is {getattr(before, name)!r} there, {getattr(spec, name)!r} here" for name in other)
         raise UserError(f"{start}: no start for this training: {told}; train with the same")

@@ -86,7 +86,7 @@ def _fusion(name: str, title: str, **options) -> Arm:
 
 
 def _guide(name: str, title: str, **options) -> Arm:
-    return Arm(f"x_gfb_{name}", title, {"network": "eunet3plus", "guide": name, **options}, guided=True)
+    return Arm(f"x_gfb_{name}", title, {"network": "eunet3plus", "guide": name} | options, guided=True)
 
 
 EXPERIMENTS = {
@@ -157,8 +157,10 @@ EXPERIMENTS = {
             "Frozen guide",
             (
                 _guide("sam_vit_b", "SAM ViT-B"),
+                _guide("sam_vit_b_region", "SAM ViT-B, one pass a region", guide="sam_vit_b", guide_scale="region"),
                 _guide("sam_vit_l", "SAM ViT-L"),
                 _guide("sam_vit_h", "SAM ViT-H"),
+                _guide("mobile_sam", "MobileSAM"),
                 _guide("medsam", "MedSAM"),
                 _guide("pathosam", "PathoSAM"),
                 _guide("dinov2_small", "DINOv2 ViT-S/14"),

@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..types import UserError
-from . import dinov2, efficientnet, sam
+from . import dinov2, efficientnet, mobilesam, sam
+from .fitting import MEAN
 from .weights import GuideSpec, file_sha256, find_weights, load_state, remedy
 
 __all__ = ["GUIDES", "FrozenGuide", "GuideSpec", "load_guide"]
 
 log = logging.getLogger(__name__)
+
+SCALES = ("tile", "region")
+CELLS_PX = 32                                           # tiles of the image start and end at multiples of this
 
 SAM_SIZES_PX = (sam.NATIVE_PX, 512, 256)
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
@@ -28,6 +32,11 @@ SAM_CITATION = "Kirillov et al., Segment Anything, ICCV 2023, arXiv 2304.02643"
 
 def _adapt_sam(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     assert isinstance(network, sam.SamGuide)
+    return network.adapted(state)
+
+
+def _adapt_mobilesam(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    assert isinstance(network, mobilesam.MobileSamGuide)
     return network.adapted(state)
 
 
@@ -108,6 +117,22 @@ GUIDES = {
         citation=SAM_CITATION,
         hugging_face="facebook/sam-vit-huge",
     ),
+    "mobile_sam": GuideSpec(
+        name="mobile_sam",
+        build=lambda image_px: mobilesam.MobileSamGuide(image_px or sam.NATIVE_PX),
+        adapt=_adapt_mobilesam,
+        channels=sam.LATENT_CHANNELS,
+        stride=sam.PATCH_PX,
+        image_px=SAM_SIZES_PX,
+        filename="mobile_sam.pt",
+        url="https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt",
+        sha256="6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+        bytes=40728226,
+        license="Apache-2.0",
+        home="https://github.com/ChaoningZhang/MobileSAM",
+        citation="Zhang et al., Faster Segment Anything: Towards Lightweight SAM for Mobile Applications, "
+        "arXiv 2306.14289",
+    ),
     "medsam": GuideSpec(
         name="medsam",
         build=lambda image_px: sam.sam_vit_b(image_px or sam.NATIVE_PX),
@@ -174,21 +199,28 @@ class FrozenGuide(nn.Module):
         channels: of the latent.
         weights_id: names the weights: the first 12 digits of their file's SHA-256, or "random-SEED".
         image_px: the longest side that the encoder sees, or None where images are taken at their own size.
+        scale: "tile" brings each image to `image_px`; "region" leaves it as it is, no side longer than `image_px`, and
+            fills the encoder's square with the mean color below and on the right (the latent keeps the image's cells).
     """
 
-    def __init__(self, network: nn.Module, spec: GuideSpec, weights_id: str, image_px: int | None = None):
+    def __init__(
+        self, network: nn.Module, spec: GuideSpec, weights_id: str, image_px: int | None = None, scale: str = "tile"
+    ):
         super().__init__()
         self.network = network
         self.spec = spec
         self.channels = spec.channels
         self.weights_id = weights_id
         self.image_px = image_px
+        self.scale = scale
         self.requires_grad_(False)
         self.eval()
 
     @property
     def preprocessing(self) -> str:
         """What is done to an image before the encoder, in words; part of the key of a cached latent."""
+        if self.scale == "region":
+            return f"own scale, filled to {self.image_px}"
         return f"image_px={self.image_px}" if self.image_px else "own size"
 
     def train(self, mode: bool = True) -> FrozenGuide:
@@ -198,10 +230,24 @@ class FrozenGuide(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape:
             raise ValueError(f"a guide takes RGB images (B, 3, H, W), got {tuple(image.shape)}")
-        return self.network(image if image.is_floating_point() else image.float())
+        image = image if image.is_floating_point() else image.float()
+        return self._region(image) if self.scale == "region" else self.network(image)
+
+    def _region(self, image: Tensor) -> Tensor:
+        """The latent of an image at its own scale: a cell is `spec.stride` pixels of it."""
+        assert self.image_px is not None
+        height, width = image.shape[-2:]
+        if max(height, width) > self.image_px:
+            raise ValueError(f"a region is {self.image_px} px at most, got {height} x {width}")
+        square = image.new_tensor(MEAN).view(3, 1, 1).expand(len(image), 3, self.image_px, self.image_px).clone()
+        square[..., :height, :width] = image
+        stride = self.spec.stride
+        return self.network(square)[..., : -(-height // stride), : -(-width // stride)]
 
 
-def load_guide(name: str, weights: Path | str | None = None, image_px: int | None = None) -> FrozenGuide:
+def load_guide(
+    name: str, weights: Path | str | None = None, image_px: int | None = None, scale: str = "tile"
+) -> FrozenGuide:
     """A frozen guide by name, ready to use, on the CPU.
 
     Args:
@@ -210,9 +256,10 @@ def load_guide(name: str, weights: Path | str | None = None, image_px: int | Non
             the cache or by download; "random:SEED" for the same network without knowledge (a control): seeded random
             weights, nothing is read or downloaded.
         image_px: the longest side that the encoder sees, one of `GUIDES[name].image_px`; None for the native size.
+        scale: one of `SCALES`, see `FrozenGuide`.
 
     Raises:
-        ValueError: no such guide, no such size, or a malformed "random:SEED"; the message lists the choices.
+        ValueError: no such guide, size or scale, or a malformed "random:SEED"; the message lists the choices.
         UserError: the weights are missing, damaged, or of another network.
     """
     if name not in GUIDES:
@@ -221,6 +268,11 @@ def load_guide(name: str, weights: Path | str | None = None, image_px: int | Non
     if image_px is not None and image_px not in spec.image_px:
         choices = f"choose from {', '.join(map(str, spec.image_px))}" if spec.image_px else "it takes any size as it is"
         raise ValueError(f"{name} can't be built for image_px={image_px}; {choices}")
+    if scale not in SCALES:
+        raise ValueError(f"unknown guide_scale {scale!r}; choose from {', '.join(SCALES)}")
+    if scale == "region" and (not spec.image_px or CELLS_PX % spec.stride):
+        why = f"its cells are of {spec.stride} px, no part of {CELLS_PX}" if spec.image_px else "it never enlarges"
+        raise ValueError(f"{name} has no guide_scale region ({why}); leave guide_scale at tile")
     if image_px is None and spec.image_px:
         image_px = spec.image_px[0]
     with torch.device("meta"):                          # no memory and no initialization for what is loaded anyway
@@ -229,11 +281,11 @@ def load_guide(name: str, weights: Path | str | None = None, image_px: int | Non
         seed = _seed(weights)
         network.load_state_dict(random_state(network, seed), assign=True)
         measure_batch_norm(network, seed)
-        return FrozenGuide(network, spec, f"random-{seed}", image_px)
+        return FrozenGuide(network, spec, f"random-{seed}", image_px, scale)
     path = _weights_path(spec, None if weights is None else Path(weights))
     fill(network, spec, path)
     log.info("%s: weights %s, license: %s, cite: %s", name, path, spec.license, spec.citation)
-    return FrozenGuide(network, spec, file_sha256(path)[:12], image_px)
+    return FrozenGuide(network, spec, file_sha256(path)[:12], image_px, scale)
 
 
 def _seed(weights: str) -> int:

@@ -5,25 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .blocks import SegmentationNetwork, UpConvUnit
-from .unet import Encoder, double_conv
-
-
-class Decoder(nn.Module):
-    """The decoder of a U-Net: h1 ... hn of the given widths -> (B, widths[0], H, W)."""
-
-    def __init__(self, widths: list[int], activation: str):
-        super().__init__()
-        self.ups = nn.ModuleList(
-            UpConvUnit(wide, narrow, 2, activation) for narrow, wide in zip(widths, widths[1:], strict=False)
-        )
-        self.merges = nn.ModuleList(double_conv(2 * width, width, activation) for width in widths[:-1])
-
-    def forward(self, features: list[Tensor]) -> Tensor:
-        x = features[-1]
-        for level in reversed(range(len(self.ups))):
-            x = self.merges[level](torch.cat([features[level], self.ups[level](x)], dim=1))
-        return x
+from .blocks import SegmentationNetwork
+from .unet import Decoder, Encoder
 
 
 class DDUNet(SegmentationNetwork):

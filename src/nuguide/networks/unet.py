@@ -32,6 +32,23 @@ class Encoder(nn.Module):
         return features
 
 
+class Decoder(nn.Module):
+    """The decoder of a U-Net: h1 ... hn of the given widths -> (B, widths[0], H, W)."""
+
+    def __init__(self, widths: list[int], activation: str):
+        super().__init__()
+        self.ups = nn.ModuleList(
+            UpConvUnit(wide, narrow, 2, activation) for narrow, wide in zip(widths, widths[1:], strict=False)
+        )
+        self.merges = nn.ModuleList(double_conv(2 * width, width, activation) for width in widths[:-1])
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        x = features[-1]
+        for level in reversed(range(len(self.ups))):
+            x = self.merges[level](torch.cat([features[level], self.ups[level](x)], dim=1))
+        return x
+
+
 class UNet(SegmentationNetwork):
     """U-Net of five levels, widths w, 2w, 4w, 8w, 16w.
 
@@ -59,17 +76,12 @@ class UNet(SegmentationNetwork):
         self.bottleneck_channels = widths[-1]
         self.encoder = Encoder(widths, activation, pool)
         self.dropout = nn.Dropout2d(dropout)
-        self.ups = nn.ModuleList(
-            UpConvUnit(wide, narrow, 2, decoder_activation) for narrow, wide in zip(widths, widths[1:], strict=False)
-        )
-        self.merges = nn.ModuleList(double_conv(2 * width_, width_, decoder_activation) for width_ in widths[:-1])
+        self.decoder = Decoder(widths, decoder_activation)
         self.head = nn.Conv2d(width, classes, 1)
 
     def encode(self, image: Tensor) -> list[Tensor]:
         return self.encoder(image)
 
     def decode(self, features: list[Tensor]) -> Tensor:
-        x = self.dropout(features[-1])
-        for level in reversed(range(len(self.ups))):
-            x = self.merges[level](torch.cat([features[level], self.ups[level](x)], dim=1))
-        return self.head(x)
+        *skips, deepest = features
+        return self.head(self.decoder([*skips, self.dropout(deepest)]))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from nuguide.guides import GUIDES, FrozenGuide
+from nuguide.guides.fitting import fitted, padded_to
 
 RADIUS = 4      # how far a pixel can reach in `ByColor`: the blur 1, the erosion 3
 
@@ -34,3 +39,22 @@ class ByColorGuided(ByColor):
 
     def forward(self, image: Tensor, latent: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(image) + latent[:, :1].mean(dim=(2, 3), keepdim=True)
+
+
+class Brightness(nn.Module):
+    """Takes images as SAM does, resized and filled to a square; its latent is the mean of cells of 16 px. Counts."""
+
+    def __init__(self, image_px: int):
+        super().__init__()
+        self.image_px, self.runs = image_px, 0
+        self.mean = nn.Conv2d(3, 3, 16, stride=16, groups=3, bias=False)
+        nn.init.constant_(self.mean.weight, 1 / 256)
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.runs += 1
+        return self.mean(padded_to(fitted(image, self.image_px), self.image_px, self.image_px))
+
+
+def brightness(image_px: int, scale: str = "region") -> FrozenGuide:
+    spec = dataclasses.replace(GUIDES["sam_vit_b"], name="brightness", channels=3)
+    return FrozenGuide(Brightness(image_px), spec, "constant", image_px, scale)

@@ -131,7 +131,7 @@ def test_help_shows_every_command(capsys):
         (["segment", "a.png", "--out", "o", "--mpp", "0"], "--mpp 0.0: must lie between 0.05 and 5"),
         (["segment", "a.png", "--out", "o", "--mpp", "250"], "a 40x scan has about 0.25"),
         (["segment", "a.png", "--out", "o", "--formats", "labels,word"], "choose one or more of labels,geojson,csv"),
-        (["segment", "--out", "o"], "nothing to segment; name image files, or folders of them"),
+        (["segment", "--out", "o"], "nothing to segment; name image files, slides, or folders of them"),
         (["segment", "a.png", "--out", "o", "--model", "best"], "best: no such model; give "),
         (["train", "--out", "o"], "no data; name a FOLDER"),
         (["train", "here", "--out", "o", "--latents", "warm"], "unknown latents 'warm'; choose from live, cached"),

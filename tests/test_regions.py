@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from conftest import draw_tissue
-from fakes import ByColorGuided
+from fakes import Brightness, ByColorGuided, brightness
 from nuguide import checkpoint
 from nuguide.augment import Augmentation, augment
 from nuguide.batches import Patches, Picture, collate
 from nuguide.checkpoint import ModelSpec
 from nuguide.datasets import Dataset, Entry
 from nuguide.guides import GUIDES, FrozenGuide, load_guide, sam
-from nuguide.guides.fitting import MEAN, fitted, padded_to
+from nuguide.guides.fitting import MEAN, fitted
 from nuguide.latents import LatentCache, RegionLatents, pooled
 from nuguide.predict import Predictor, load
 from nuguide.recipe import TrainOptions
@@ -29,25 +29,6 @@ from nuguide.types import Sample, UserError
 
 SPEC = ModelSpec("unet", {"width": 2}, tile_px=256)
 STILL = Augmentation(False, (1.0, 1.0), 0.0, (1, 1), (1, 1), 0.0, (1, 1), 0.0, 0.0, 0.0)
-
-
-class Brightness(nn.Module):
-    """Takes images as SAM does, resized and filled to a square; its latent is the mean of cells of 16 px. Counts."""
-
-    def __init__(self, image_px: int):
-        super().__init__()
-        self.image_px, self.runs = image_px, 0
-        self.mean = nn.Conv2d(3, 3, 16, stride=16, groups=3, bias=False)
-        nn.init.constant_(self.mean.weight, 1 / 256)
-
-    def forward(self, image: Tensor) -> Tensor:
-        self.runs += 1
-        return self.mean(padded_to(fitted(image, self.image_px), self.image_px, self.image_px))
-
-
-def brightness(image_px: int, scale: str = "region") -> FrozenGuide:
-    spec = dataclasses.replace(GUIDES["sam_vit_b"], name="brightness", channels=3)
-    return FrozenGuide(Brightness(image_px), spec, "constant", image_px, scale)
 
 
 def runs(guide: FrozenGuide) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from conftest import draw_tissue
-from fakes import ByColor, ByColorGuided
+from fakes import ByColor, ByColorGuided, brightness
 from nuguide.checkpoint import ModelSpec
 from nuguide.instances import Separation, enlarge
 from nuguide.predict import Predictor
@@ -298,3 +298,27 @@ def test_a_guided_network_gets_the_latent_of_its_place_whatever_the_region(tmp_p
             tile = layout.tile(*place)
             here = model.latent(window.image_rgb, shifted(tile, window.top, window.left))
             assert torch.equal(here, model.latent(image, tile))
+
+
+def test_a_guide_that_sees_regions_has_them_at_fixed_places_of_the_slide(tmp_path):
+    """Regions of 160 px over 450 x 610 px are 3 x 4; what a tile gets does not depend on the region that asks."""
+    image = wide_tissue((450, 610), seed=12)
+    guide = brightness(160)
+    model = Predictor(ByColorGuided(), guide, ModelSpec("unet", tile_px=128), precision="fp32")
+    layout = Layout(**{**lay_out((450, 610), 0.5, model).to_dict(), "region_tiles": 2})
+    work = SlideRegions(Held(image), layout, model)
+    store = PartStore(tmp_path, layout)
+    work.run(work.wanted, store, lambda region, count: None)
+    table, _ = assembled(store)
+    alone = []
+    for region in reversed(work.wanted):
+        other = SlideRegions(Held(image), layout, model)
+        alone.append((region, other.part(region, window := other.read(region), other.maps(region, window))))
+    for region, part in alone:
+        assert part.table.equals(store.read(region).table)
+    assert len(table) > 100
+    filled = np.pad(image, ((0, -450 % 32), (0, -610 % 32), (0, 0)), mode="edge")
+    of_image = model.region_latents(filled.shape[:2], lambda square: filled[square.window])
+    assert work._latent_of is not None
+    for place in work.active:
+        assert torch.equal(work._latent_of(layout.tile(*place)), of_image(layout.tile(*place)))

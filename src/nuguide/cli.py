@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -22,7 +22,8 @@ from .types import UserError
 
 if TYPE_CHECKING:
     from .datasets import Dataset
-    from .slide_run import Engine
+    from .fanout import Job
+    from .slide_run import Engine, SlideOptions
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16", "int8"]
@@ -80,44 +81,18 @@ def segment(
         flips: Average over the image and its three mirror images: a little more accurate, four times as slow.
         overwrite: Do finished images again.
     """
-    from .fanout import ENDINGS, SUMMARY, ImageJob, Job, parse_formats, segment_files
-    from .predict import DEFAULT_MPP
-    from .slide_run import DEFAULT_FORMATS, MANIFEST, Manifest, SlideJob, SlideOptions, predictor_for
-    from .slides.reader import is_slide
-    from .slides.writers import WRITERS
+    from .fanout import SUMMARY, segment_files
+    from .slide_run import SlideOptions
 
     if not inputs:
         raise UserError("nothing to segment; name image files, slides, or folders of them")
-    wanted = None if formats is None else parse_formats(formats, [*ENDINGS, *WRITERS])
     if mpp is not None and not 0.05 <= mpp <= 5:
         raise UserError(f"--mpp {mpp}: must lie between 0.05 and 5; a 40x scan has about 0.25")
-    if engine == "local" and (scheduler or workers):
-        raise UserError("--scheduler and --workers are for --engine dask; name it too, or leave them out")
     options = SlideOptions(model, mpp, roi, tissue_mask, skip_bad_tiles, device, precision, batch, flips)
-    predictor = predictor_for(options)
-    called = model_name(model) + (", flips" if flips else "")
-    images = ImageJob(
-        predictor.segment, called, mpp, DEFAULT_MPP, tuple(ENDINGS) if wanted is None else of(ENDINGS, wanted)
-    )
     bar = Bar()
     with engine_for(engine, scheduler, workers) as (compute, threads, at_once):
-        slides = SlideJob(
-            dataclasses.replace(options, threads=threads),
-            called,
-            DEFAULT_FORMATS if wanted is None else of(WRITERS, wanted),
-            compute,
-            Manifest(out / MANIFEST),
-            overwrite,
-        )
-
-        def job_for(file: Path) -> Job:
-            job = slides if treat_as == "slide" or (treat_as == "auto" and is_slide(file)) else images
-            if not job.formats:
-                raise UserError(f"{file}: none of --formats {formats} can be written of it; see nuguide segment --help")
-            if roi is not None and job is images:
-                raise UserError(f"{file}: --roi is for slides; leave it out, or give --treat-as slide")
-            return job
-
+        options = dataclasses.replace(options, threads=threads)
+        job_for = jobs(options, out, formats, treat_as, compute, overwrite)
         try:
             outcome = segment_files(inputs, out, job_for, overwrite, bar, at_once)
         finally:
@@ -135,9 +110,34 @@ def segment(
     return 1 if outcome.rows else 2
 
 
-def of(choices: Iterable[str], wanted: Sequence[str]) -> tuple[str, ...]:
-    """Those wanted that are among the choices."""
-    return tuple(name for name in wanted if name in set(choices))
+def jobs(
+    options: SlideOptions, out: Path, formats: str | None, treat_as: str, engine: Engine, overwrite: bool
+) -> Callable[[Path], Job]:
+    """What tells which job a file is for: an image's or a slide's."""
+    from .fanout import ENDINGS, ImageJob, parse_formats
+    from .predict import DEFAULT_MPP
+    from .slide_run import DEFAULT_FORMATS, MANIFEST, Manifest, SlideJob, predictor_for
+    from .slides.reader import is_slide
+    from .slides.writers import WRITERS
+
+    wanted = None if formats is None else parse_formats(formats, [*ENDINGS, *WRITERS])
+    of_images, of_slides = (
+        usual if wanted is None else tuple(name for name in wanted if name in choices)
+        for choices, usual in ((ENDINGS, tuple(ENDINGS)), (WRITERS, DEFAULT_FORMATS))
+    )
+    called = model_name(options.model) + (", flips" if options.flips else "")
+    images = ImageJob(predictor_for(options).segment, called, options.mpp, DEFAULT_MPP, of_images)
+    slides = SlideJob(options, called, of_slides, engine, Manifest(out / MANIFEST), overwrite)
+
+    def job_for(file: Path) -> Job:
+        job = slides if treat_as == "slide" or (treat_as == "auto" and is_slide(file)) else images
+        if not job.formats:
+            raise UserError(f"{file}: none of --formats {formats} can be written of it; see nuguide segment --help")
+        if options.roi is not None and job is images:
+            raise UserError(f"{file}: --roi is for slides; leave it out, or give --treat-as slide")
+        return job
+
+    return job_for
 
 
 @contextlib.contextmanager
@@ -145,6 +145,8 @@ def engine_for(engine: str, scheduler: str | None, workers: int | None) -> Itera
     """Where slides are computed, with how many threads a process (0: as many as there are), and how many at a time."""
     from .slide_run import Here
 
+    if engine == "local" and (scheduler or workers):
+        raise UserError("--scheduler and --workers are for --engine dask; name it too, or leave them out")
     if engine == "local":
         yield Here(), 0, 1
         return

@@ -115,7 +115,7 @@ def read_image(path: Path, max_pixels: int | None = None) -> Image:
         UserError: no such file, a folder, empty, damaged, cut short, too large, or of a kind that has no 8-bit RGB in
             it (16-bit or float values, CMYK, stacks, more than four channels).
     """
-    limit = _pixel_limit() if max_pixels is None else max_pixels
+    limit = pixel_limit() if max_pixels is None else max_pixels
     path = Path(path)
     with plain_errors(path), path.open("rb") as file:
         start = file.read(32)
@@ -208,7 +208,8 @@ def _images_in(folder: Path) -> list[Path]:
     )
 
 
-def _pixel_limit() -> int:
+def pixel_limit() -> int:
+    """How many pixels an image may declare: NUGUIDE_MAX_PIXELS, or `MAX_PIXELS`."""
     stated = os.environ.get(MAX_PIXELS_VARIABLE, str(MAX_PIXELS))
     try:
         return int(float(stated))

@@ -168,13 +168,21 @@ class Predictor:
 
         return gather(nucleus.shape, WINDOW_PX, HALO_PX, one)[0]  # pyright: ignore[reportArgumentType]
 
-    def tile_maps(self, image_rgb: np.ndarray, tiles: Sequence[Tile]) -> list[np.ndarray]:
+    def tile_maps(
+        self, image_rgb: np.ndarray, tiles: Sequence[Tile], latent_of: Callable[[Tile], Tensor] | None = None
+    ) -> list[np.ndarray]:
         """The maps of each tile (2, height, width) float32, not blended, of an image (H, W, 3) uint8 as `prepared`.
 
         What a tile gets depends on what lies within `CONTEXT_PX` of it, and on where it starts modulo `PHASE_PX`.
+
+        Args:
+            latent_of: gives the latent (1, C, h, w) of a tile, where the image is a part of a larger one and the guide
+                sees regions of that; see `region_latents`. It cannot be given with `flips`.
         """
+        if latent_of is not None and self.flips:
+            raise ValueError("latents of one direction do not fit the mirror images")
         if not self.flips:
-            return [maps for _, maps in self._map_tiles(image_rgb, list(tiles), None)]
+            return [maps for _, maps in self._map_tiles(image_rgb, list(tiles), None, latent_of)]
         sizes = [(tile.bottom - tile.top, tile.right - tile.left) for tile in tiles]
         total = [np.zeros((len(CHANNELS), *size), np.float32) for size in sizes]
         for axes in MIRRORS:
@@ -185,10 +193,14 @@ class Predictor:
         return total
 
     def _map_tiles(
-        self, image_rgb: np.ndarray, tiles: list[Tile], progress: Callable[[int, int], None] | None
+        self,
+        image_rgb: np.ndarray,
+        tiles: list[Tile],
+        progress: Callable[[int, int], None] | None,
+        latent_of: Callable[[Tile], Tensor] | None = None,
     ) -> Iterator[tuple[Tile, np.ndarray]]:
         done = 0
-        of_tile = self._latents(image_rgb)
+        of_tile = latent_of or self._latents(image_rgb)
         for group in batches(tiles, self.batch):
             stack = np.stack([padded(image_rgb[tile.window], PHASE_PX) for tile in group])
             latents = None if of_tile is None else [of_tile(tile) for tile in group]
@@ -206,13 +218,25 @@ class Predictor:
         if not sees_regions(self.guide):
             return lambda tile: self.latent(image_rgb, tile)
         image = padded(image_rgb, PHASE_PX)
+        return self.region_latents(image.shape[:2], lambda region: image[region.window])
+
+    def region_latents(
+        self, shape: tuple[int, int], pixels: Callable[[Tile], np.ndarray]
+    ) -> Callable[[Tile], Tensor]:
+        """What gives the latent (1, C, h, w) of each tile of an image whose guide sees regions.
+
+        Tiles are best asked for from the top down; each region is then encoded once.
+
+        Args:
+            shape: (H, W) of the image, filled up to multiples of `PHASE_PX`. pixels: of a region (h, w, 3) uint8.
+        """
 
         def encode(region: Tile) -> Tensor:
             assert self.guide is not None
             with self._computing():
-                return self.guide(self._on_device(as_batch(image[region.window][None])))[0]
+                return self.guide(self._on_device(as_batch(pixels(region)[None])))[0]
 
-        known = RegionLatents(image.shape[:2], self.guide, encode)  # pyright: ignore[reportArgumentType]
+        known = RegionLatents(shape, self.guide, encode)  # pyright: ignore[reportArgumentType]
 
         def part(tile: Tile) -> Tensor:
             bottom, right = (-(-side // PHASE_PX) * PHASE_PX for side in (tile.bottom, tile.right))

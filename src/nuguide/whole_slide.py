@@ -17,10 +17,11 @@ from itertools import groupby
 from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 
 from .instances import CHANNELS, Separation, enlarge, separate
 from .measure import measure, outlines
-from .predict import CONTEXT_PX, MARGIN_PX, PHASE_PX, Predictor, resizes
+from .predict import CONTEXT_PX, MARGIN_PX, PHASE_PX, Predictor, padded, resizes, sees_regions
 from .resample import resampled_size, resize_map
 from .slides.layout import REGION_TILES, Layout, Region
 from .slides.parts import Part, PartStore
@@ -221,16 +222,22 @@ class SlideRegions:
         bottom = min(max(box.bottom for box in boxes) + around, height)
         right = min(max(box.right for box in boxes) + around, width)
         bad: list[tuple[int, int, int, int]] = []
+        image = self._pixels(top, left, bottom, right, bad)
+        window = Window(image, self.prepare(image), top, left, tuple(bad))
+        self.stages.add("read", start)
+        return window
+
+    def _pixels(
+        self, top: int, left: int, bottom: int, right: int, bad: list[tuple[int, int, int, int]]
+    ) -> np.ndarray:
+        """A window of the slide; with `skip_bad`, what cannot be read is white and listed in `bad`."""
         try:
-            image = self.pixels.read(top, left, bottom, right)
+            return self.pixels.read(top, left, bottom, right)
         except UserError as error:
             if not self.skip_bad:
                 raise
             log.warning("%s: read piece by piece", error)
-            image = self._read_in_blocks(top, left, bottom, right, bad)
-        window = Window(image, self.prepare(image), top, left, tuple(bad))
-        self.stages.add("read", start)
-        return window
+            return self._read_in_blocks(top, left, bottom, right, bad)
 
     def _read_in_blocks(
         self, top: int, left: int, bottom: int, right: int, bad: list[tuple[int, int, int, int]]
@@ -278,8 +285,28 @@ class SlideRegions:
         for _, group in groupby(places, key=lambda place: self._tile_size(place)):
             some = list(group)
             tiles = [shifted(self.layout.tile(*place), window.top, window.left) for place in some]
-            for place, values in zip(some, self.predictor.tile_maps(window.prepared_rgb, tiles), strict=True):
+            maps = self.predictor.tile_maps(window.prepared_rgb, tiles, self._latents_in(window))
+            for place, values in zip(some, maps, strict=True):
                 yield place, values.astype(np.float16)
+
+    def _latents_in(self, window: Window) -> Callable[[Tile], Tensor] | None:
+        """`_latent_of` for tiles in the pixels of a window."""
+        of_slide = self._latent_of
+        return None if of_slide is None else lambda tile: of_slide(shifted(tile, -window.top, -window.left))
+
+    @cached_property
+    def _latent_of(self) -> Callable[[Tile], Tensor] | None:
+        """What gives the latent of a tile where the guide sees regions, which lie at fixed places of the slide too."""
+        if not sees_regions(self.predictor.guide):
+            return None
+        height, width = self.layout.grid_px
+        shape = -(-height // PHASE_PX) * PHASE_PX, -(-width // PHASE_PX) * PHASE_PX
+
+        def pixels(region: Tile) -> np.ndarray:
+            seen = self._pixels(region.top, region.left, min(region.bottom, height), min(region.right, width), [])
+            return padded(self.prepare(seen), PHASE_PX)
+
+        return self.predictor.region_latents(shape, pixels)
 
     def _tile_size(self, place: tuple[int, int]) -> tuple[int, int]:
         tile = self.layout.tile(*place)

@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
-from nuguide.images import DECODER_ERRORS, SLIDE_SUFFIXES, TIFF_STARTS, declared_px, plain_errors, read_image
+from nuguide.images import (
+    DECODER_ERRORS,
+    SLIDE_SUFFIXES,
+    TIFF_STARTS,
+    declared_px,
+    pixel_limit,
+    plain_errors,
+    read_image,
+)
 from nuguide.slides.pyramid import PyramidSlide, is_pyramid
 from nuguide.slides.slide import Level, Slide
 from nuguide.slides.vendor import INSTALL, VendorSlide, detect, is_installed
@@ -20,8 +28,11 @@ MAX_SIDE_PX = 2_000_000    # half a meter of glass
 
 
 def is_slide(path: Path) -> bool:
-    """Whether a file is better segmented as a slide: of a scanner's format, a pyramid, or with `LARGE_PX` or more."""
-    if path.suffix.lower() in (*SLIDE_SUFFIXES, ".dcm") or declared_px(path) >= LARGE_PX:
+    """Whether a file is better segmented as a slide: of a scanner's format, a pyramid, or with `LARGE_PX` or more.
+
+    One that is too large to be read at all is none; whoever reads it as an image says so.
+    """
+    if path.suffix.lower() in (*SLIDE_SUFFIXES, ".dcm") or LARGE_PX <= declared_px(path) <= pixel_limit():
         return True
     try:
         with path.open("rb") as file:

@@ -91,9 +91,11 @@ def segment(
     wanted = None if formats is None else parse_formats(formats, [*ENDINGS, *WRITERS])
     if mpp is not None and not 0.05 <= mpp <= 5:
         raise UserError(f"--mpp {mpp}: must lie between 0.05 and 5; a 40x scan has about 0.25")
-    if engine == "local" and (scheduler or workers):
+    if engine == "local" and (scheduler is not None or workers is not None):
         raise UserError("--scheduler and --workers are for --engine dask; name it too, or leave them out")
-    options = SlideOptions(model, mpp, roi, tissue_mask, skip_bad_tiles, device, precision, batch, flips)
+    if workers is not None and (scheduler or workers < 1):
+        raise UserError(f"--workers {workers}: how many to start here, 1 or more; leave it out with --scheduler")
+    options = SlideOptions(model, mpp, roi, tissue_mask, skip_bad_tiles, device, precision, batch, flips).anywhere()
     predictor = predictor_for(options)
     called = model_name(model) + (", flips" if flips else "")
     images = ImageJob(

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
+from fakes import ByColor
+from nuguide import checkpoint, networks
+from nuguide.checkpoint import ModelSpec
+from nuguide.cli import main
 from nuguide.types import Sample
 
+PLAIN = ["--device", "cpu", "--precision", "fp32"]
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # real images, where a developer has them
 
 
@@ -44,6 +50,32 @@ def draw_tissue(
         image[one > 0] = np.array([95.0, 60.0, 140.0]) + rng.normal(0, 10, 3) + 25 * chromatin[:, None]
     image = cv2.GaussianBlur(image, (0, 0), 0.7) + rng.normal(0, 3, image.shape)
     return np.clip(image, 0, 255).astype(np.uint8), labels
+
+
+def nuguide(*arguments: object) -> int:
+    """The exit code of `nuguide ARGUMENTS`, run in this process."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def segment(inputs: Sequence[Path] | Path, out: Path, model: Path, *more: object) -> int:
+    """The exit code of `nuguide segment`, on the CPU in fp32."""
+    inputs = [inputs] if isinstance(inputs, Path) else inputs
+    return nuguide("segment", *inputs, "--out", out, "--model", model, *PLAIN, *more)
+
+
+def names(folder: Path) -> list[str]:
+    """Of all files in a folder, hidden ones too."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A saved model that tells nuclei by color."""
+    monkeypatch.setitem(networks.NETWORKS, "by_color", lambda classes: ByColor())
+    return checkpoint.save(tmp_path / "model", ByColor(), ModelSpec("by_color"))
 
 
 @pytest.fixture

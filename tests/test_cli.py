@@ -25,12 +25,12 @@ import tifffile
 import torch
 
 import trees
-from conftest import draw_tissue
+from conftest import PLAIN, draw_tissue, names, nuguide, segment
 from fakes import ByColor
-from nuguide import __version__, checkpoint, networks
+from nuguide import __version__, checkpoint
 from nuguide.augment import Augmentation
 from nuguide.checkpoint import ModelSpec
-from nuguide.cli import COMMANDS, main
+from nuguide.cli import COMMANDS
 from nuguide.export import read_geojson
 from nuguide.images import read_image
 from nuguide.measure import COLUMNS
@@ -38,16 +38,7 @@ from nuguide.metrics import panoptic_quality
 from nuguide.predict import Predictor
 from nuguide.recipe import TrainOptions
 
-PLAIN = ["--device", "cpu", "--precision", "fp32"]
 ENDINGS = (".csv", ".geojson", ".labels.tif", ".overlay.png")
-
-
-def nuguide(*arguments: object) -> int:
-    """The exit code of `nuguide ARGUMENTS`, run in this process."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    assert isinstance(stop.value.code, int)
-    return stop.value.code
 
 
 @pytest.fixture(scope="module")
@@ -65,24 +56,8 @@ def image(tmp_path: Path, drawn) -> Path:
 
 
 @pytest.fixture
-def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A saved model that tells nuclei by color."""
-    monkeypatch.setitem(networks.NETWORKS, "by_color", lambda classes: ByColor())
-    return checkpoint.save(tmp_path / "model", ByColor(), ModelSpec("by_color"))
-
-
-@pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
-
-
-def segment(inputs: Sequence[Path] | Path, out: Path, model: Path, *more: object) -> int:
-    inputs = [inputs] if isinstance(inputs, Path) else inputs
-    return nuguide("segment", *inputs, "--out", out, "--model", model, *PLAIN, *more)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 # The program
@@ -315,7 +290,7 @@ BAD = {
 def test_every_bad_file_gets_one_line_at_the_end_and_the_rest_goes_on(image, out, model, drawn, tmp_path, capsys):
     bad = {kind: bad_file(tmp_path / f"{kind}.png", kind, drawn[0]) for kind in BAD}
     assert segment([*bad.values(), image], out, model, "--mpp", 0.5) == 1
-    assert names(out) == ["summary.csv", *(f"tissue{ending}" for ending in ENDINGS)]
+    assert names(out) == ["slides.json", "summary.csv", *(f"tissue{ending}" for ending in ENDINGS)]
     heard = capsys.readouterr()
     assert "Traceback" not in heard.err
     last = heard.err.splitlines()[-len(BAD) :]
@@ -330,7 +305,8 @@ def test_every_bad_file_gets_one_line_at_the_end_and_the_rest_goes_on(image, out
 def test_a_bad_file_alone_returns_2_and_leaves_nothing(kind, out, model, drawn, tmp_path, capsys):
     path = bad_file(tmp_path / "bad.png", kind, drawn[0])
     assert segment(path, out, model) == 2
-    assert names(out) == []
+    # so large an image counts as a slide, of which the failure is noted
+    assert names(out) == (["slides.json"] if kind == "bomb" else [])
     heard = capsys.readouterr()
     assert heard.err.splitlines()[-1].startswith(f"failed: {path}: ")
     assert "0 nuclei in 0 images" in heard.out

@@ -88,7 +88,7 @@ def segment(
         raise UserError("nothing to segment; name image files, slides, or folders of them")
     if mpp is not None and not 0.05 <= mpp <= 5:
         raise UserError(f"--mpp {mpp}: must lie between 0.05 and 5; a 40x scan has about 0.25")
-    options = SlideOptions(model, mpp, roi, tissue_mask, skip_bad_tiles, device, precision, batch, flips)
+    options = SlideOptions(model, mpp, roi, tissue_mask, skip_bad_tiles, device, precision, batch, flips).anywhere()
     bar = Bar()
     with engine_for(engine, scheduler, workers) as (compute, threads, at_once):
         options = dataclasses.replace(options, threads=threads)
@@ -145,8 +145,10 @@ def engine_for(engine: str, scheduler: str | None, workers: int | None) -> Itera
     """Where slides are computed, with how many threads a process (0: as many as there are), and how many at a time."""
     from .slide_run import Here
 
-    if engine == "local" and (scheduler or workers):
+    if engine == "local" and (scheduler is not None or workers is not None):
         raise UserError("--scheduler and --workers are for --engine dask; name it too, or leave them out")
+    if workers is not None and (scheduler or workers < 1):
+        raise UserError(f"--workers {workers}: how many to start here, 1 or more; leave it out with --scheduler")
     if engine == "local":
         yield Here(), 0, 1
         return

@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from .whole_slide import Stages
 if TYPE_CHECKING:
     from distributed import Client
 
+WAIT_SECONDS = 30               # for the first worker behind a scheduler
 RETRIES = 2                     # of a task that raises something else than our own errors
 TASKS_PER_WORKER = 4            # at least, so that all end at about the same time
 MOST_REGIONS = 16               # of a task; what a worker that dies loses is one region, but it starts the slide anew
@@ -42,13 +44,14 @@ class OnCluster(Engine):
         from distributed import as_completed
 
         stages = Stages()
-        chunks = divided(regions, max(1, len(self.client.scheduler_info()["workers"])))
-        futures = [
+        workers = len(self.client.nthreads())  # pyright: ignore[reportArgumentType]  of a client that waits
+        chunks = divided(regions, max(1, workers))
+        tasks = [
             self.client.submit(compute_safely, task, [region.number for region in chunk], pure=False, retries=RETRIES)
             for chunk in chunks
         ]
         try:
-            for future in as_completed(futures):
+            for future in as_completed(tasks):
                 counts, spent, failure = result_of(future, task)
                 if failure is not None:
                     raise UserError(failure)
@@ -56,7 +59,7 @@ class OnCluster(Engine):
                     setattr(stages, name, getattr(stages, name) + seconds)
                 done(len(counts))
         finally:
-            self.client.cancel(futures)
+            self.client.cancel(tasks)
         return stages
 
 
@@ -94,9 +97,15 @@ def result_of(future: Any, task: SlideTask) -> tuple[list[int], Stages, str | No
             f"{task.path}: workers died over one of its tasks again and again ({error.task}); give them more memory, "
             "or use fewer; the same command goes on from what is done"
         ) from error
-    except (OSError, RuntimeError, ValueError) as error:
+    except futures.CancelledError as error:
         raise UserError(
-            f"{task.path}: a worker failed ({error}); the same command goes on from what is done"
+            f"{task.path}: the connection to the workers was lost; the same command goes on from what is done"
+        ) from error
+    except (OSError, RuntimeError, ValueError, ImportError, AttributeError, TypeError, LookupError) as error:
+        told = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{task.path}: a worker failed ({told}); see that it has the same nuguide and sees the same disks, "
+            "then the same command goes on from what is done"
         ) from error
 
 
@@ -130,12 +139,20 @@ def connected(scheduler: str | None, workers: int | None) -> Iterator[OnCluster]
         except (OSError, TimeoutError, ValueError) as error:
             raise UserError(f"--scheduler {scheduler}: nothing answers there; start it with: dask scheduler") from error
         with client:
+            try:
+                client.wait_for_workers(1, timeout=WAIT_SECONDS)
+            except (OSError, TimeoutError) as error:
+                raise UserError(
+                    f"--scheduler {scheduler}: has no workers; start some with: dask worker {scheduler}"
+                ) from error
             yield OnCluster(client)
         return
     count = local_workers(workers)
     with (
         distributed.LocalCluster(
-            n_workers=count, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
+            n_workers=count, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50,
+            # a limit would only pause a worker, for good, whose memory is the model's and not of results
+            memory_limit=0,
         ) as cluster,
         distributed.Client(cluster) as client,
     ):

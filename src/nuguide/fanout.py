@@ -94,6 +94,13 @@ class Job(Protocol):
         """Segment one file into `stem` plus each ending; its row of the summary, and a line for people."""
         ...
 
+    def differs(self, stem: Path) -> str | None:
+        """What an earlier run did otherwise, besides model and microns per pixel; None where nothing."""
+        return None
+
+    def tidy(self, stem: Path) -> None:
+        """Let go of what only an unfinished run needs: the file's row is in the summary."""
+
 
 @dataclass
 class ImageJob(Job):
@@ -194,12 +201,14 @@ def segment_files(
             job = job_for(file)
             if not overwrite and finished(row, out, job):
                 assert row is not None
-                outcome.skipped += 1
+                with turn:
+                    outcome.skipped += 1
             else:
                 row, line = do(job, file, out / name, watch)
                 with turn:
                     before[source] = row
                     write_summary(out / SUMMARY, before.values())
+            job.tidy(out / name)
             outcome.rows.append(row)
         except UserError as error:
             outcome.failed.append(str(error))
@@ -209,9 +218,14 @@ def segment_files(
     if at_once == 1:
         for file, name in zip(files, names, strict=True):
             one(file, name)
-    else:
-        with ThreadPoolExecutor(at_once) as pool:
-            list(pool.map(one, files, names))
+        return outcome
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        list(pool.map(one, files, names))
+    except BaseException:                               # such as Ctrl-C, which may not wait for slides to end
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
     return outcome
 
 
@@ -254,7 +268,7 @@ def finished(row: Row | None, out: Path, job: Job) -> bool:
     """Whether a file was done by an earlier run.
 
     Raises:
-        UserError: it was, but by another model or at another scale, so that neither keeping nor replacing is safe.
+        UserError: it was, but in another way, such as by another model, so that neither keeping nor replacing is safe.
     """
     if row is None or not all(with_ending(out / row.name, ending).exists() for ending in job.endings):
         return False
@@ -262,6 +276,10 @@ def finished(row: Row | None, out: Path, job: Job) -> bool:
         raise UserError(
             f"{row.source}: {out / row.name}.* were made by {row.model} at {row.mpp} microns per pixel; "
             "choose another --out, or --overwrite them"
+        )
+    if differs := job.differs(out / row.name):
+        raise UserError(
+            f"{row.source}: {out / row.name}.* were made {differs}; choose another --out, or --overwrite them"
         )
     return True
 

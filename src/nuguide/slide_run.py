@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from . import export
+from . import __version__, export
+from .checkpoint import CONFIG, MODELS, WEIGHTS, model_folder
 from .fanout import Job, Row, Watch, with_ending
 from .predict import Predictor, load
 from .slides.grid import Grid
 from .slides.layout import Layout, Region
-from .slides.parts import PartStore
+from .slides.parts import SUFFIX, PartStore
 from .slides.reader import open_slide
 from .slides.roi import Roi
 from .slides.slide import Slide
@@ -34,6 +35,18 @@ from .whole_slide import Area, SlideRegions, Stages, lay_out
 PLAN, MANIFEST = "plan.json", "slides.json"
 PARTS, TISSUE_PICTURE, SUMMARY = ".parts", ".tissue.png", ".summary.json"
 DEFAULT_FORMATS = ("parquet", "geojson", "heatmap")
+# what the facts of a plan are called where an unfinished run differs in them
+CALLED = {
+    "slide": "place of the slide",
+    "bytes": "the slide itself",
+    "modified_ns": "the slide itself",
+    "code": "the version of nuguide",
+    "model": "--model or --flips",
+    "precision": "--precision",
+    "layout": "--mpp",
+    "searched": "--roi or --tissue-mask",
+    "skip_bad": "--skip-bad-tiles",
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,7 @@ class SlideOptions:
         model: name or folder. mpp: microns per pixel of level 0, whatever the slide says; None asks the slide.
         roi: "x,y,w,h" in level-0 pixels, or the path of a GeoJSON file with polygons.
         tissue: leave glass out. skip_bad: go on where a slide cannot be read.
-        device, precision, batch, flips: of the predictor. threads: of each process; 0 leaves it to torch.
+        device, precision, batch, flips: of the predictor. threads: of each worker; 0 leaves it to torch.
     """
 
     model: str = "default"
@@ -57,6 +70,24 @@ class SlideOptions:
     batch: int = 1
     flips: bool = False
     threads: int = 0
+
+    def anywhere(self) -> SlideOptions:
+        """The same with absolute paths, for processes that stand in other folders."""
+        folder = model_folder(self.model)
+        model = folder.name if folder.parent == MODELS else str(folder.resolve())
+        roi = str(Path(self.roi).resolve()) if self.roi is not None and Path(self.roi).is_file() else self.roi
+        return replace(self, model=model, roi=roi)
+
+    def searched(self) -> dict[str, Any]:
+        """What of a slide is searched, as JSON; a file of polygons by its name and the SHA-256 of its content."""
+        roi = self.roi
+        if roi is not None and Path(roi).is_file():
+            try:
+                code = hashlib.sha256(Path(roi).read_bytes()).hexdigest()
+            except OSError as error:
+                raise UserError(f"--roi {roi}: cannot be read ({error.strerror}); check its permissions") from error
+            roi = f"{Path(roi).name} ({code[:8]})"
+        return {"roi": roi, "tissue_mask": self.tissue}
 
 
 @dataclass(frozen=True)
@@ -108,30 +139,33 @@ def open_task(path: Path, options: SlideOptions, predictor: Predictor) -> Opened
     Raises:
         UserError: it cannot be opened, states no microns per pixel and none are given, or the ROI is not on it.
     """
-    slide = open_slide(path)
-    mpp = options.mpp or slide.mpp
-    if mpp is None:
-        slide.close()
-        raise UserError(
-            f"{path}: states no microns per pixel; give them with --mpp (0.25 for most 40x scans, 0.5 for 20x)"
-        )
-    layout = lay_out(slide.size_px, mpp, predictor)
-    grid = Grid(slide, mpp, predictor.spec.mpp)
-    tissue, thumbnail = slide_tissue(slide, mpp)
-    areas: list[Area] = [tissue] if options.tissue else []
-    if options.roi is not None:
-        areas.append(Roi.parse(options.roi, slide.size_px))
-    return OpenedSlide(slide, grid, layout, areas, tissue if options.tissue else None, thumbnail)
+    with contextlib.ExitStack() as opening:
+        slide = opening.enter_context(open_slide(path))
+        mpp = options.mpp or slide.mpp
+        if mpp is None:
+            raise UserError(
+                f"{path}: states no microns per pixel; give them with --mpp (0.25 for most 40x scans, 0.5 for 20x)"
+            )
+        layout = lay_out(slide.size_px, mpp, predictor)
+        grid = Grid(slide, mpp, predictor.spec.mpp)
+        roi: list[Area] = [] if options.roi is None else [Roi.parse(options.roi, slide.size_px)]
+        tissue, thumbnail = slide_tissue(slide, mpp, options.skip_bad)
+        areas = [tissue, *roi] if options.tissue else roi
+        opening.pop_all()                               # whoever asked for it closes it
+        return OpenedSlide(slide, grid, layout, areas, tissue if options.tissue else None, thumbnail)
+
+
+def predictor_for(options: SlideOptions) -> Predictor:
+    """The predictor of this process, loaded once, and anew where the files of the model are others than before."""
+    folder = model_folder(options.model)
+    stamp = tuple((folder / name).stat().st_mtime_ns for name in (WEIGHTS, CONFIG))
+    return loaded(options.model, options.device, options.precision, options.batch, options.flips, stamp)
 
 
 @lru_cache(maxsize=1)
-def predictor_for(options: SlideOptions) -> Predictor:
-    """The predictor of this process, loaded once."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    return load(
-        options.model, options.device, options.precision, options.batch, flips=options.flips
-    )
+def loaded(model: str, device: str, precision: str, batch: int, flips: bool, stamp: tuple[int, ...]) -> Predictor:
+    """The last predictor asked for; `stamp` tells files of one name apart."""
+    return load(model, device, precision, batch, flips=flips)
 
 
 def compute_regions(task: SlideTask, numbers: Sequence[int]) -> tuple[list[int], Stages]:
@@ -139,6 +173,8 @@ def compute_regions(task: SlideTask, numbers: Sequence[int]) -> tuple[list[int],
 
     This is what a worker of a cluster does. One that dies leaves the parts that it had finished.
     """
+    if task.options.threads:
+        torch.set_num_threads(task.options.threads)
     opened = opened_for(task.path, task.path.stat().st_mtime_ns, task.options)
     store = PartStore(task.parts, opened.layout)
     work = opened.regions(predictor_for(task.options), task.options.skip_bad)
@@ -147,9 +183,12 @@ def compute_regions(task: SlideTask, numbers: Sequence[int]) -> tuple[list[int],
     return [store.count(region) for region in wanted], work.stages
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def opened_for(path: Path, modified_ns: int, options: SlideOptions) -> OpenedSlide:
-    """The slide that this worker is at, opened once, and anew where the file is another than before."""
+    """The slides that this worker is at, opened once, and anew where the file is another than before.
+
+    Two, for a run begins a slide while the one before is at its last regions.
+    """
     return open_task(path, options, predictor_for(options))
 
 
@@ -180,7 +219,8 @@ class Here(Engine):
 class SlideJob(Job):
     """A slide to its files: `NAME` plus the ending of each format, NAME.tissue.png and NAME.summary.json.
 
-    While it is computed its parts lie in NAME.parts; a run that was cut goes on from them. They are deleted at the end.
+    While it is computed its parts lie in NAME.parts; a run that was cut goes on from them. They are deleted once the
+    slide is in the summary of the run.
 
     Attributes:
         options: how. model: what to call it in the summary. formats: keys of `WRITERS`. engine: where.
@@ -213,14 +253,32 @@ class SlideJob(Job):
             tell.note(file, "running")
             row, line = self._do(file, stem, watch, tell)
         except (UserError, MemoryError) as error:
-            tell.note(file, "failed", error=str(error))
+            with contextlib.suppress(UserError):        # what failed first is to be told, even if the disk is full
+                tell.note(file, "failed", error=str(error))
             raise
         tell.note(file, "done", nuclei=row.nuclei)
         return row, line
 
+    def differs(self, stem: Path) -> str | None:
+        """Whether something else of the slide was searched."""
+        try:
+            before = json.loads(with_ending(stem, SUMMARY).read_text())["searched"]
+            before = dict(before)
+        except (OSError, ValueError, LookupError, TypeError):
+            return "in a way that their summary does not tell"
+        if before == self.options.searched():
+            return None
+        roi, mask = before.get("roi"), before.get("tissue_mask")
+        return f"with {f'--roi {roi}' if roi else 'no --roi'} and {'the tissue mask' if mask else '--no-tissue-mask'}"
+
+    def tidy(self, stem: Path) -> None:
+        """Delete the parts."""
+        with contextlib.suppress(OSError):
+            clear(with_ending(stem, PARTS))
+
     def _do(self, file: Path, stem: Path, watch: Watch, tell: Manifest) -> tuple[Row, str]:
         start = time.perf_counter()
-        task = SlideTask(file.resolve(), with_ending(stem, PARTS), self.options)
+        task = SlideTask(file.resolve(), with_ending(stem.resolve(), PARTS), self.options)
         with_predictor = predictor_for(self.options)
         opened = open_task(task.path, self.options, with_predictor)
         with opened.slide:
@@ -239,6 +297,11 @@ class SlideJob(Job):
 
             step(0)
             stages = self.engine.compute(task, opened, todo, step)
+        if missing := [region.name for region in work.wanted if not store.has(region)]:
+            raise UserError(
+                f"{task.parts}: {len(missing)} parts are not there though workers wrote them ({missing[0]}); "
+                "give an --out that all of them see under the same name"
+            )
         about = About(stem.name, self.model, opened.slide.bounds_px, opened.thumbnail_rgb)
         shown = opened.thumbnail_rgb if opened.tissue is None else picture(opened.thumbnail_rgb, opened.tissue.mask)
         export.write_picture(with_ending(stem, TISSUE_PICTURE), shown)
@@ -249,12 +312,12 @@ class SlideJob(Job):
         stages.add("write", begun)
         facts = summarize(store, about, opened.searched_mm2, time.perf_counter() - start)
         facts |= {"source": str(task.path), "resolution": opened.grid.describe(), "notes": list(opened.slide.notes)}
-        bad = [box for _, _, part in store.all(labels=False) for box in part.facts.get("bad", [])]
+        facts["searched"] = self.options.searched()
+        bad = [box for region in work.wanted for box in store.read(region, labels=False).facts.get("bad", [])]
         facts["not_read"] = sorted(set(map(tuple, bad)))
         facts["stage_seconds"] = {name: round(seconds, 2) for name, seconds in asdict(stages).items()}
         with export.replacing(with_ending(stem, SUMMARY)) as summary:
             summary.write((json.dumps(facts, indent=1) + "\n").encode())
-        shutil.rmtree(task.parts, ignore_errors=True)
         return self._row(stem.name, task, opened, facts), told(file, facts, opened, again)
 
     def _row(self, name: str, task: SlideTask, opened: OpenedSlide, facts: dict[str, Any]) -> Row:
@@ -295,63 +358,78 @@ def begin(task: SlideTask, opened: OpenedSlide, model: str, overwrite: bool) -> 
         "slide": str(task.path),
         "bytes": task.path.stat().st_size,
         "modified_ns": task.path.stat().st_mtime_ns,
+        "code": __version__,
         "model": model,
         "precision": task.options.precision,
         "layout": opened.layout.to_dict(),
-        "areas": digest(opened),
+        "searched": task.options.searched(),
         "skip_bad": task.options.skip_bad,
     }
     facts = json.loads(json.dumps(facts))
-    if overwrite and task.parts.is_dir():
-        shutil.rmtree(task.parts)
     try:
+        if overwrite:
+            clear(task.parts)
         before = json.loads(plan.read_text()) if plan.is_file() else None
-    except (OSError, ValueError) as error:
+        if not isinstance(before, dict | None):
+            raise ValueError("it is no plan")
+    except ValueError as error:
         raise UserError(f"{plan}: is damaged; delete {task.parts} and start again") from error
-    if before is None:
+    except OSError as error:
+        raise UserError(f"{error.filename or plan}: cannot be read or replaced ({error.strerror})") from error
+    differ = [name for name in facts if before is not None and facts[name] != before.get(name)]
+    # what was read without leaving anything out is as good where something may be left out
+    if before is None or (differ == ["skip_bad"] and task.options.skip_bad):
         try:
             task.parts.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{task.parts}: cannot be made ({error.strerror}); choose another --out") from error
         with export.replacing(plan) as file:
             file.write((json.dumps(facts, indent=1) + "\n").encode())
-    elif before != facts:
-        changed = ", ".join(sorted(name for name in facts if facts[name] != before.get(name)))
+    elif differ:
         raise UserError(
-            f"{task.parts}: holds an unfinished run that differs in: {changed}; "
+            f"{task.parts}: holds an unfinished run that differs in "
+            f"{', '.join(dict.fromkeys(CALLED[name] for name in differ))}; "
             "give the same options, choose another --out, or --overwrite it"
         )
 
 
-def digest(opened: OpenedSlide) -> str:
-    """SHA-256 of what is searched of a slide."""
-    code = hashlib.sha256()
-    for area in opened.areas:
-        if isinstance(area, Tissue):
-            code.update(np.packbits(area.mask).tobytes())
-        elif isinstance(area, Roi):
-            code.update(json.dumps(area.to_dict()).encode())
-    return code.hexdigest()
+def clear(parts: Path) -> None:
+    """Delete the parts of a slide and their folder, but nothing else in it; OSError where that fails.
+
+    The plan goes last: as long as there are parts it says how they were made.
+    """
+    if not parts.is_dir():
+        return
+    for path in (*parts.glob(f"region_*{SUFFIX}"), *parts.glob(".*.part"), parts / PLAN):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):                  # what is not ours stays
+        parts.rmdir()
 
 
 class Manifest:
-    """What became of each slide of a run, as JSON: done, failed, running or pending, with counts and errors.
+    """What became of each slide, as JSON by its absolute path: done, failed or running, with counts and errors.
 
     Args:
-        path: of the file, rewritten at most once a second but for changes of state; None keeps nothing.
+        path: of the file, rewritten at most once a second but for changes of state; what earlier runs left in it
+            stays. None keeps nothing.
     """
 
-    def __init__(self, path: Path | None, files: Sequence[Path] = ()):
+    def __init__(self, path: Path | None):
         self.path = path
-        self.states: dict[str, dict[str, Any]] = {str(file): {"state": "pending"} for file in files}
+        self.states: dict[str, dict[str, Any]] = {}
+        if path is not None:
+            with contextlib.suppress(OSError, ValueError, TypeError):       # there is none, or none of ours
+                self.states = dict(json.loads(path.read_text()))
         self._turn, self._written = threading.Lock(), 0.0
 
     def note(self, file: Path, state: str, **facts: Any) -> None:
         """One slide's state, and more about it."""
+        source = str(file.resolve())
         with self._turn:
-            before = self.states.get(str(file), {})
-            self.states[str(file)] = {**before, "state": state, **facts}
-            if self.path is None or (before.get("state") == state and time.monotonic() - self._written < 1):
+            before = self.states.get(source, {})
+            changed = before.get("state") != state
+            self.states[source] = {"state": state, **facts} if changed else {**before, **facts}
+            if self.path is None or (not changed and time.monotonic() - self._written < 1):
                 return
             self._written = time.monotonic()
             with export.replacing(self.path) as out:

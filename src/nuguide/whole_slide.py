@@ -34,6 +34,7 @@ AHEAD = 2                   # regions read, or waiting to be written, at most
 CACHED_TILES = 512          # of 1.3 MB each: the last row of tiles of a slide of 450,000 px at 40x
 SAMPLE_PX, SAMPLES = 512, 9     # windows from which exposure and stain of a slide are measured
 WHITE = 255
+BLOCK_PX = 128              # of a damaged slide is left out at once, at least
 
 
 class Area(Protocol):
@@ -148,8 +149,9 @@ class SlideRegions:
             core = region.window
             top = (core.core_top + core.core_bottom - SAMPLE_PX) // 2
             left = (core.core_left + core.core_right - SAMPLE_PX) // 2
-            box = (max(top, 0), max(left, 0), top + SAMPLE_PX, left + SAMPLE_PX)
-            windows.append(self.pixels.read(*box[:2], *np.minimum(box[2:], self.layout.grid_px).tolist()))
+            height, width = self.layout.grid_px
+            box = (max(top, 0), max(left, 0), min(top + SAMPLE_PX, height), min(left + SAMPLE_PX, width))
+            windows.append(self._pixels(*box)[0])
         side = max(max(window.shape[:2]) for window in windows)
         sample = np.vstack([self._filled_up(window, side) for window in windows])
         return self.predictor.preparation(sample)
@@ -221,44 +223,40 @@ class SlideRegions:
         left = max(min(box.left for box in boxes) - around, 0) // PHASE_PX * PHASE_PX
         bottom = min(max(box.bottom for box in boxes) + around, height)
         right = min(max(box.right for box in boxes) + around, width)
-        bad: list[tuple[int, int, int, int]] = []
-        image = self._pixels(top, left, bottom, right, bad)
+        image, bad = self._pixels(top, left, bottom, right)
         window = Window(image, self.prepare(image), top, left, tuple(bad))
         self.stages.add("read", start)
         return window
 
     def _pixels(
-        self, top: int, left: int, bottom: int, right: int, bad: list[tuple[int, int, int, int]]
-    ) -> np.ndarray:
-        """A window of the slide; with `skip_bad`, what cannot be read is white and listed in `bad`."""
+        self, top: int, left: int, bottom: int, right: int
+    ) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:
+        """A window of the slide, and what of it could not be read and is white, in blocks (top, left, bottom, right).
+
+        Blocks lie at fixed places of the grid and are read whole, so that neighboring regions that both fail see the
+        same.
+        """
         try:
-            return self.pixels.read(top, left, bottom, right)
+            return self.pixels.read(top, left, bottom, right), []
         except UserError as error:
             if not self.skip_bad:
                 raise
-            log.warning("%s: read piece by piece", error)
-            return self._read_in_blocks(top, left, bottom, right, bad)
-
-    def _read_in_blocks(
-        self, top: int, left: int, bottom: int, right: int, bad: list[tuple[int, int, int, int]]
-    ) -> np.ndarray:
-        """A window block by block, blocks that cannot be read white and listed (top, left, bottom, right) in `bad`.
-
-        Blocks lie at fixed places of the grid, so that neighboring regions see the same.
-        """
-        image = np.full((bottom - top, right - left, 3), WHITE, np.uint8)
-        step = self.layout.stride_px
-        for block_top in range(top // step * step, bottom, step):
-            for block_left in range(left // step * step, right, step):
-                box = (max(block_top, top), max(block_left, left),
-                       min(block_top + step, bottom), min(block_left + step, right))
+            log.info("%s: read piece by piece", error)
+        image, bad = np.full((bottom - top, right - left, 3), WHITE, np.uint8), []
+        height, width = self.layout.grid_px
+        for block_top in range(top // BLOCK_PX * BLOCK_PX, bottom, BLOCK_PX):
+            for block_left in range(left // BLOCK_PX * BLOCK_PX, right, BLOCK_PX):
+                box = block_top, block_left, min(block_top + BLOCK_PX, height), min(block_left + BLOCK_PX, width)
                 try:
-                    part = self.pixels.read(*box)
+                    block = self.pixels.read(*box)
                 except UserError:
                     bad.append(box)
                 else:
-                    image[box[0] - top : box[2] - top, box[1] - left : box[3] - left] = part
-        return image
+                    rows, columns = slice(max(box[0], top), box[2]), slice(max(box[1], left), box[3])
+                    part = block[rows.start - box[0] :, columns.start - box[1] :]
+                    place = image[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+                    place[...] = part[: place.shape[0], : place.shape[1]]
+        return image, bad
 
     def maps(self, region: Region, window: Window) -> np.ndarray:
         """Probabilities (2, h, w) float32 of a region's window; 0 where no tile was computed."""
@@ -303,7 +301,7 @@ class SlideRegions:
         shape = -(-height // PHASE_PX) * PHASE_PX, -(-width // PHASE_PX) * PHASE_PX
 
         def pixels(region: Tile) -> np.ndarray:
-            seen = self._pixels(region.top, region.left, min(region.bottom, height), min(region.right, width), [])
+            seen, _ = self._pixels(region.top, region.left, min(region.bottom, height), min(region.right, width))
             return padded(self.prepare(seen), PHASE_PX)
 
         return self.predictor.region_latents(shape, pixels)

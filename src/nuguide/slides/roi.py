@@ -49,6 +49,8 @@ class Roi:
             found = cls([[corners]], slide_px)
         else:
             found = cls(export.read_polygons(Path(text)), slide_px)
+            if not found.polygons:
+                raise UserError(f"--roi {text}: holds no polygon; draw an area in QuPath and export it as GeoJSON")
         if not found._coarse[0].any():
             raise UserError(f"--roi {text}: lies off the slide, which has {slide_px[1]} x {slide_px[0]} pixels")
         return found
@@ -62,11 +64,20 @@ class Roi:
         for polygon in self.polygons:
             # OpenCV's fill takes in the pixels of the outline; in 1/16 pixel, and kept small enough for its integers
             rings = [np.rint((ring / factor - 0.5).clip(-1e5, 1e5) * 16).astype(np.int32) for ring in polygon]
-            one = np.zeros(shape, np.uint8)
-            cv2.fillPoly(one, rings, 1, shift=4)
-            cv2.polylines(one, rings, True, 1, shift=4)
-            mask |= one
+            cv2.fillPoly(mask, rings, 1, shift=4)
+            cv2.polylines(mask, rings, True, 1, shift=4)
         return mask > 0, factor
+
+    @cached_property
+    def _edges(self) -> list[tuple[np.ndarray, np.ndarray, float, float]]:
+        """Of each polygon: where its edges start and stop, (m, 2) of x, y, and its lowest and highest y."""
+        starts = [np.concatenate(polygon) for polygon in self.polygons]
+        stops = [np.concatenate([np.roll(ring, -1, axis=0) for ring in polygon]) for polygon in self.polygons]
+        return [
+            (start, stop, float(start[:, 1].min()), float(start[:, 1].max()))
+            for start, stop in zip(starts, stops, strict=True)
+            if len(start)
+        ]
 
     def covers(self, top: float, left: float, bottom: float, right: float) -> bool:
         """Whether anything of a rectangle may lie inside; never False where some does."""
@@ -80,9 +91,12 @@ class Roi:
     def holds(self, y: np.ndarray, x: np.ndarray) -> np.ndarray:
         """Whether points (level-0 pixels, from the corner of the first) lie inside; (n,) bool."""
         inside = np.zeros(len(y), bool)
-        for polygon in self.polygons:
-            start = np.concatenate(polygon)
-            stop = np.concatenate([np.roll(ring, -1, axis=0) for ring in polygon])
+        low, high = (y.min(), y.max()) if len(y) else (np.inf, -np.inf)
+        for start, stop, top, bottom in self._edges:
+            if bottom < low or top > high:
+                continue
+            passed = (np.minimum(start[:, 1], stop[:, 1]) <= high) & (np.maximum(start[:, 1], stop[:, 1]) >= low)
+            start, stop = start[passed], stop[passed]
             rows = max(1, _AT_ONCE // max(len(start), 1))
             for first in range(0, len(y), rows):
                 part = slice(first, first + rows)

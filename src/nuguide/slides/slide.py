@@ -14,6 +14,8 @@ from nuguide.images import DECODER_ERRORS
 from nuguide.resample import Axis, read_resized
 from nuguide.types import UserError
 
+_PIECE_PX = 256     # of a damaged slide is read at once
+
 
 @dataclass(frozen=True)
 class Level:
@@ -81,7 +83,8 @@ class Slide(ABC):
             told = " ".join(str(error).split())[:150] or type(error).__name__
             raise UserError(
                 f"{self.path}: cannot be read at x {first_column}, y {first_row} of level {level} ({told});"
-                " if its drive is connected, copy the slide again from its source"
+                " if its drive is connected, copy the slide again from its source,"
+                " or leave such places out with --skip-bad-tiles"
             ) from error
         if pixels.shape[:2] == (height, width):
             return pixels
@@ -93,14 +96,33 @@ class Slide(ABC):
     def _pixels(self, level: int, top: int, left: int, height: int, width: int) -> np.ndarray:
         """The same for a window inside the level."""
 
-    def thumbnail(self, max_px: int) -> np.ndarray:
-        """The whole slide as (h, w, 3) uint8 whose longer side is `max_px`, or the slide's own where that is less."""
+    def thumbnail(self, max_px: int, skip_bad: bool = False) -> np.ndarray:
+        """The whole slide as (h, w, 3) uint8 whose longer side is `max_px`, or the slide's own where that is less.
+
+        Args:
+            skip_bad: what cannot be read is white, instead of a UserError.
+        """
         height, width = self.size_px
         reduced = max(1.0, max(self.size_px) / max_px)
         size = max(1, round(height / reduced)), max(1, round(width / reduced))
         level = max(index for index, level in enumerate(self.levels) if max(level.size_px) >= max(size))
         rows, columns = (Axis(old, new, old / new) for old, new in zip(self.levels[level].size_px, size, strict=True))
-        return read_resized(lambda *window: self.read(level, *window), rows, columns, (0, 0, *size))
+        read = self._read_what_can_be if skip_bad else self.read
+        return read_resized(lambda *window: read(level, *window), rows, columns, (0, 0, *size))
+
+    def _read_what_can_be(self, level: int, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """`read`, but white where that fails, in squares of `_PIECE_PX`."""
+        try:
+            return self.read(level, top, left, height, width)
+        except UserError:
+            if max(height, width) <= _PIECE_PX:
+                return np.full((height, width, 3), 255, np.uint8)
+        image = np.empty((height, width, 3), np.uint8)
+        for y in range(0, height, _PIECE_PX):
+            for x in range(0, width, _PIECE_PX):
+                size = min(_PIECE_PX, height - y), min(_PIECE_PX, width - x)
+                image[y : y + size[0], x : x + size[1]] = self._read_what_can_be(level, top + y, left + x, *size)
+        return image
 
     @abstractmethod
     def close(self) -> None:

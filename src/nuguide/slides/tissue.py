@@ -72,14 +72,15 @@ class Tissue:
         return whole(y * self.mask.shape[0] / height), whole(x * self.mask.shape[1] / width)
 
 
-def slide_tissue(slide: Slide, mpp: float) -> tuple[Tissue, np.ndarray]:
+def slide_tissue(slide: Slide, mpp: float, skip_bad: bool = False) -> tuple[Tissue, np.ndarray]:
     """The tissue of a slide, and the thumbnail (h, w, 3) uint8 that it was found on: 8 um per pixel, 4096 px at most.
 
     Args:
-        mpp: microns per pixel of level 0.
+        mpp: microns per pixel of level 0. skip_bad: take what cannot be read for glass.
     """
     longest = max(slide.size_px)
-    thumbnail = slide.thumbnail(min(MAX_THUMBNAIL_PX, max(1, math.ceil(longest * mpp / TISSUE_MPP))))
+    side_px = min(MAX_THUMBNAIL_PX, max(1, math.ceil(longest * mpp / TISSUE_MPP)))
+    thumbnail = slide.thumbnail(side_px, skip_bad)
     mask = find_tissue(thumbnail, mpp * longest / max(thumbnail.shape))
     return Tissue(mask, slide.size_px, mpp), thumbnail
 

@@ -55,6 +55,14 @@ def test_exposure_makes_no_difference() -> None:
     assert (bright ^ dim).sum() <= 0.02 * truth.sum()
 
 
+def test_glass_around_the_tissue_of_a_small_slide_is_no_hole() -> None:
+    """48 x 40 px, 0.12 mm2: the glass around is smaller than the holes that are filled."""
+    image, _ = with_square(EOSIN, side=24)
+    found = find_tissue(image[42:82, 88:136], MPP)
+    assert found[8:32, 12:36].all()
+    assert not (found[:3].any() or found[-3:].any() or found[:, :6].any() or found[:, -6:].any())
+
+
 def test_holes_are_filled_and_specks_dropped_by_their_area() -> None:
     image, truth = with_square(EOSIN, side=100)
     image[80:110, 120:150] = GLASS       # 0.24 mm, 0.058 mm2: a vessel

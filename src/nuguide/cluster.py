@@ -21,6 +21,7 @@ from .whole_slide import Stages
 if TYPE_CHECKING:
     from distributed import Client
 
+ANSWER_SECONDS = 10             # for a scheduler
 WAIT_SECONDS = 30               # for the first worker behind a scheduler
 RETRIES = 2                     # of a task that raises something else than our own errors
 TASKS_PER_WORKER = 4            # at least, so that all end at about the same time
@@ -135,7 +136,7 @@ def connected(scheduler: str | None, workers: int | None) -> Iterator[OnCluster]
         raise UserError(f"--engine dask needs {error.name}; install it with: pip install 'nuguide[cluster]'") from error
     if scheduler is not None:
         try:
-            client = distributed.Client(scheduler, timeout=10)
+            client = distributed.Client(scheduler, timeout=ANSWER_SECONDS)
         except (OSError, TimeoutError, ValueError) as error:
             raise UserError(f"--scheduler {scheduler}: nothing answers there; start it with: dask scheduler") from error
         with client:
@@ -150,7 +151,7 @@ def connected(scheduler: str | None, workers: int | None) -> Iterator[OnCluster]
     count = local_workers(workers)
     with (
         distributed.LocalCluster(
-            n_workers=count, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50,
+            n_workers=count, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", silence_logs=50,
             # a limit would only pause a worker, for good, whose memory is the model's and not of results
             memory_limit=0,
         ) as cluster,

@@ -191,7 +191,7 @@ class SlideRegions:
                         finished, count = ending.popleft()
                         done(finished, count.result())
             finally:
-                for _, future in (*waiting, *ending):
+                for _, future in waiting:               # but what the network has done is finished and kept
                     future.cancel()
 
     @staticmethod

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from nuguide.export import OUTLINE_RGB
+from nuguide.instances import without_holes
 from nuguide.slides.slide import Slide
 
 TISSUE_MPP = 8.0
@@ -89,7 +90,8 @@ def find_tissue(thumbnail_rgb: np.ndarray, mpp: float) -> np.ndarray:
     """(h, w) bool, True on tissue and up to 25 um around it.
 
     What is more saturated than Otsu's threshold (IEEE TSMC 9:62, 1979), which is held between those of glass and of
-    pale tissue; without pen marks; holes filled and specks dropped by their area.
+    pale tissue; without pen marks; holes filled and specks dropped by their area. Glass that reaches the border of the
+    slide is no hole, however little of it there is.
 
     Args:
         thumbnail_rgb: (h, w, 3) uint8.
@@ -99,7 +101,7 @@ def find_tissue(thumbnail_rgb: np.ndarray, mpp: float) -> np.ndarray:
     saturation = _saturation(smooth / _glass(smooth))
     ink = find_ink(thumbnail_rgb, mpp)
     colored = (saturation > _threshold(saturation[~ink])) & ~ink
-    colored = ~_large(~_large(colored, _SPECK_UM2 / mpp**2), _HOLE_UM2 / mpp**2)
+    colored = without_holes(_large(colored, _SPECK_UM2 / mpp**2), _HOLE_UM2 / mpp**2)
     return _dilated(colored, _MARGIN_UM / mpp) & ~ink
 
 

@@ -203,7 +203,8 @@ def child_naive(path: Path, out: Path) -> dict[str, Any]:
             nucleus, interior = logits.sigmoid()[0].numpy()
             mask = nucleus > 0.5
             seeds = label(mask & (interior > spec.separation["interior"]))
-            small_labels = watershed(np.negative(ndimage.distance_transform_edt(mask)), seeds, mask=mask)
+            depth = np.asarray(ndimage.distance_transform_edt(mask))
+            small_labels = watershed(-depth, seeds, mask=mask)
             here = cv2.resize(small_labels.astype(np.uint16), (NAIVE_TILE_PX,) * 2, interpolation=cv2.INTER_NEAREST)
             here = np.asarray(here)[: height - top, : width - left]
             for one in regionprops(here):

@@ -14,7 +14,7 @@ from . import checkpoint
 from .batches import Picture
 from .guides import FrozenGuide
 from .instances import Separation, separate
-from .metrics import panoptic_quality
+from .metrics import aji, dice, panoptic_quality
 from .networks.int8 import InputRanges, Ranges
 from .predict import Predictor
 
@@ -27,7 +27,7 @@ def calibrate(
 ) -> Path:
     """Note in a model's folder its activation ranges, measured on pictures it was trained on, and its `Separation`.
 
-    The separation is the one of `GRID` with the highest mean PQ over the validation pictures.
+    The separation is `best_separation` of the validation pictures.
 
     Args:
         guide: the model's, for its weights may lie anywhere; it is changed in place.
@@ -50,13 +50,27 @@ def input_ranges(predictor: Predictor, pictures: Sequence[Picture]) -> Ranges:
 
 
 def best_separation(predictor: Predictor, pictures: Sequence[Picture]) -> dict[str, float]:
-    """The options of `GRID` with the highest mean PQ over the pictures, at the model's resolution."""
+    """The options of `GRID` with the highest mean of Dice, AJI and PQ over the pictures, at the model's resolution.
+
+    Every data set counts alike, however many pictures it has: what suits the largest may lose the nuclei of another.
+    """
     maps = [predictor.probabilities(drawn.image_rgb) for drawn in pictures]
     best: tuple[float, dict[str, float]] = (-1.0, {})
     for values in itertools.product(*GRID.values()):
         options = dict(zip(GRID, values, strict=True))
         how = Separation(**options)
-        found = (separate(nucleus, interior, predictor.spec.mpp, how) for nucleus, interior in maps)
-        quality = np.mean([panoptic_quality(drawn.labels, one).pq for drawn, one in zip(pictures, found, strict=True)])
-        best = max(best, (float(quality), options), key=lambda pair: pair[0])
+        scores: dict[str, list[float]] = {}
+        for drawn, (nucleus, interior) in zip(pictures, maps, strict=True):
+            found = separate(nucleus, interior, predictor.spec.mpp, how)
+            scores.setdefault(drawn.group.partition("/")[0], []).append(quality(drawn, found))
+        mean = float(np.mean([np.mean(of_set) for of_set in scores.values()]))
+        best = max(best, (mean, options), key=lambda pair: pair[0])
     return best[1]
+
+
+def quality(drawn: Picture, found: np.ndarray) -> float:
+    """Mean of Dice, AJI and PQ of a label map against a picture's own."""
+    truth, ignore = drawn.labels, drawn.ignore
+    return (
+        dice(truth, found, ignore) + aji(truth, found, ignore) + panoptic_quality(truth, found, ignore).pq
+    ) / 3

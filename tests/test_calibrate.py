@@ -34,7 +34,7 @@ class Sees:
 
 
 def test_the_set_of_few_pictures_counts_as_much_as_that_of_many():
-    """Small nuclei of 13 um2: a least area of 14 loses all of them; one of 8 lets a speck stand in the large pictures."""
+    """Small nuclei of 13 um2: a least area of 14 loses all of them; one of 8 lets a speck stand in the large."""
     small, large = disks(4, "few/a"), disks(10, "many/b")
     area_um2 = (small.labels == 1).sum() * 0.25
     assert 8 < area_um2 < 14

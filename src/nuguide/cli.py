@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import sys
@@ -129,6 +130,7 @@ def jobs(
     images = ImageJob(predictor_for(options).segment, called, options.mpp, DEFAULT_MPP, of_images)
     slides = SlideJob(options, called, of_slides, engine, Manifest(out / MANIFEST), overwrite)
 
+    @functools.cache                                  # for a look into the file takes time
     def job_for(file: Path) -> Job:
         job = slides if treat_as == "slide" or (treat_as == "auto" and is_slide(file)) else images
         if not job.formats:

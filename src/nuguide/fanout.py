@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -89,6 +90,9 @@ class Job(Protocol):
     model: str
     mpp: float | None
     endings: Sequence[str]
+
+    def queue(self, file: Path) -> None:
+        """Take note, at the start of a run, that a file is one of its files."""
 
     def do(self, file: Path, stem: Path, watch: Watch) -> tuple[Row, str]:
         """Segment one file into `stem` plus each ending; its row of the summary, and a line for people."""
@@ -192,6 +196,9 @@ def segment_files(
     names = name_results(files, {row.source: row.name for row in before.values()})
     if files:
         watch.begin(len(files))
+    for file in files:
+        with suppress(UserError):                       # which is told when it is the file's turn
+            job_for(file).queue(file)
     turn = threading.Lock()
 
     def one(file: Path, name: str) -> None:

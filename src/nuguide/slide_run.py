@@ -244,6 +244,11 @@ class SlideJob(Job):
         """Of the formats, the picture of the tissue and the summary."""
         return [*(WRITERS[name].ending for name in self.formats), TISSUE_PICTURE, SUMMARY]
 
+    def queue(self, file: Path) -> None:
+        """Note the slide as pending, unless an earlier run has done it."""
+        if self.manifest is not None and self.manifest.state(file) != "done":
+            self.manifest.note(file, "pending")
+
     def do(self, file: Path, stem: Path, watch: Watch) -> tuple[Row, str]:
         """Segment one slide and write its files."""
         tell = self.manifest or Manifest(None)
@@ -407,7 +412,7 @@ def clear(parts: Path) -> None:
 
 
 class Manifest:
-    """What became of each slide, as JSON by its absolute path: done, failed or running, with counts and errors.
+    """What became of each slide, as JSON by its path: pending, running, done or failed, with counts and errors.
 
     Args:
         path: of the file, rewritten at most once a second but for changes of state; what earlier runs left in it
@@ -421,6 +426,10 @@ class Manifest:
             with contextlib.suppress(OSError, ValueError, TypeError):       # there is none, or none of ours
                 self.states = dict(json.loads(path.read_text()))
         self._turn, self._written = threading.Lock(), 0.0
+
+    def state(self, file: Path) -> str | None:
+        """One slide's state; None where nothing is known of it."""
+        return self.states.get(str(file.resolve()), {}).get("state")
 
     def note(self, file: Path, state: str, **facts: Any) -> None:
         """One slide's state, and more about it."""

@@ -41,7 +41,7 @@ BESIDE = {
     "evaluate": {"predict"},         # measures it
     "whole_slide": {"predict"},      # runs it, tile by tile
     "slide_run": {"fanout", "predict", "whole_slide"},  # one of the jobs of a run; loads a model for its regions
-    "cluster": {"slide_run"},        # where it computes them
+    "cluster": {"slide_run", "whole_slide"},        # where their regions are computed
     "train": {"calibrate"},          # ends with it
 }
 LONGEST = 80                         # lines of a function

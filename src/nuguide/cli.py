@@ -22,7 +22,7 @@ from .types import UserError
 
 if TYPE_CHECKING:
     from .datasets import Dataset
-    from .slide_run import Engine
+    from .slide_run import Engine, SlideOptions
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16", "int8"]
@@ -80,50 +80,55 @@ def segment(
         flips: Average over the image and its three mirror images: a little more accurate, four times as slow.
         overwrite: Do finished images again.
     """
-    from .fanout import ENDINGS, SUMMARY, ImageJob, Job, parse_formats, segment_files
-    from .predict import DEFAULT_MPP
-    from .slide_run import DEFAULT_FORMATS, MANIFEST, Manifest, SlideJob, SlideOptions, predictor_for
-    from .slides.reader import is_slide
-    from .slides.writers import WRITERS
+    from .slide_run import SlideOptions
 
     if not inputs:
         raise UserError("nothing to segment; name image files, slides, or folders of them")
-    wanted = None if formats is None else parse_formats(formats, [*ENDINGS, *WRITERS])
     if mpp is not None and not 0.05 <= mpp <= 5:
         raise UserError(f"--mpp {mpp}: must lie between 0.05 and 5; a 40x scan has about 0.25")
-    if engine == "local" and (scheduler is not None or workers is not None):
-        raise UserError("--scheduler and --workers are for --engine dask; name it too, or leave them out")
-    if workers is not None and (scheduler or workers < 1):
-        raise UserError(f"--workers {workers}: how many to start here, 1 or more; leave it out with --scheduler")
     options = SlideOptions(model, mpp, roi, tissue_mask, skip_bad_tiles, device, precision, batch, flips).anywhere()
-    predictor = predictor_for(options)
-    called = model_name(model) + (", flips" if flips else "")
-    images = ImageJob(
-        predictor.segment, called, mpp, DEFAULT_MPP, tuple(ENDINGS) if wanted is None else of(ENDINGS, wanted)
-    )
-    bar = Bar()
     with engine_for(engine, scheduler, workers) as (compute, threads, at_once):
-        slides = SlideJob(
-            dataclasses.replace(options, threads=threads),
-            called,
-            DEFAULT_FORMATS if wanted is None else of(WRITERS, wanted),
-            compute,
-            Manifest(out / MANIFEST),
-            overwrite,
-        )
+        options = dataclasses.replace(options, threads=threads)
+        return segment_all(inputs, out, options, formats, treat_as, overwrite, compute, at_once)
 
-        def job_for(file: Path) -> Job:
-            job = slides if treat_as == "slide" or (treat_as == "auto" and is_slide(file)) else images
-            if not job.formats:
-                raise UserError(f"{file}: none of --formats {formats} can be written of it; see nuguide segment --help")
-            if roi is not None and job is images:
-                raise UserError(f"{file}: --roi is for slides; leave it out, or give --treat-as slide")
-            return job
 
-        try:
-            outcome = segment_files(inputs, out, job_for, overwrite, bar, at_once)
-        finally:
-            bar.close()
+def segment_all(
+    inputs: Sequence[Path],
+    out: Path,
+    options: SlideOptions,
+    formats: str | None,
+    treat_as: str,
+    overwrite: bool,
+    engine: Engine,
+    at_once: int,
+) -> int:
+    """`segment`, once it is known how and where; the exit code."""
+    from .fanout import ENDINGS, SUMMARY, ImageJob, Job, parse_formats, segment_files
+    from .predict import DEFAULT_MPP
+    from .slide_run import DEFAULT_FORMATS, MANIFEST, Manifest, SlideJob, predictor_for
+    from .slides.reader import is_slide
+    from .slides.writers import WRITERS
+
+    wanted = None if formats is None else parse_formats(formats, [*ENDINGS, *WRITERS])
+    called = model_name(options.model) + (", flips" if options.flips else "")
+    for_images = tuple(ENDINGS) if wanted is None else of(ENDINGS, wanted)
+    images = ImageJob(predictor_for(options).segment, called, options.mpp, DEFAULT_MPP, for_images)
+    for_slides = DEFAULT_FORMATS if wanted is None else of(WRITERS, wanted)
+    slides = SlideJob(options, called, for_slides, engine, Manifest(out / MANIFEST), overwrite)
+
+    def job_for(file: Path) -> Job:
+        job = slides if treat_as == "slide" or (treat_as == "auto" and is_slide(file)) else images
+        if not job.formats:
+            raise UserError(f"{file}: none of --formats {formats} can be written of it; see nuguide segment --help")
+        if options.roi is not None and job is images:
+            raise UserError(f"{file}: --roi is for slides; leave it out, or give --treat-as slide")
+        return job
+
+    bar = Bar()
+    try:
+        outcome = segment_files(inputs, out, job_for, overwrite, bar, at_once)
+    finally:
+        bar.close()
     total = sum(row.nuclei for row in outcome.rows)
     print(
         f"{total} nuclei in {len(outcome.rows)} images"
@@ -147,6 +152,10 @@ def engine_for(engine: str, scheduler: str | None, workers: int | None) -> Itera
     """Where slides are computed, with how many threads a process (0: as many as there are), and how many at a time."""
     from .slide_run import Here
 
+    if engine == "local" and (scheduler is not None or workers is not None):
+        raise UserError("--scheduler and --workers are for --engine dask; name it too, or leave them out")
+    if workers is not None and (scheduler or workers < 1):
+        raise UserError(f"--workers {workers}: how many to start here, 1 or more; leave it out with --scheduler")
     if engine == "local":
         yield Here(), 0, 1
         return

@@ -6,6 +6,7 @@ Workers write parts into the folder of the run, so all have to see the same disk
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -134,6 +135,8 @@ def connected(scheduler: str | None, workers: int | None) -> Iterator[OnCluster]
         import distributed
     except ModuleNotFoundError as error:
         raise UserError(f"--engine dask needs {error.name}; install it with: pip install 'nuguide[cluster]'") from error
+    # it tells of every connection; what goes wrong with a task comes back with the task
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
     if scheduler is not None:
         try:
             client = distributed.Client(scheduler, timeout=ANSWER_SECONDS)

@@ -23,7 +23,7 @@ from .types import UserError
 
 if TYPE_CHECKING:
     from .datasets import Dataset
-    from .fanout import Job
+    from .fanout import Job, Outcome
     from .slide_run import Engine, SlideOptions
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -82,22 +82,31 @@ def segment(
         flips: Average over the image and its three mirror images: a little more accurate, four times as slow.
         overwrite: Do finished images again.
     """
-    from .fanout import SUMMARY, segment_files
+    from .fanout import ENDINGS, parse_formats, segment_files
     from .slide_run import SlideOptions
+    from .slides.writers import WRITERS
 
     if not inputs:
         raise UserError("nothing to segment; name image files, slides, or folders of them")
     if mpp is not None and not 0.05 <= mpp <= 5:
         raise UserError(f"--mpp {mpp}: must lie between 0.05 and 5; a 40x scan has about 0.25")
     options = SlideOptions(model, mpp, roi, tissue_mask, skip_bad_tiles, device, precision, batch, flips).anywhere()
+    wanted = None if formats is None else parse_formats(formats, [*ENDINGS, *WRITERS])
     bar = Bar()
     with engine_for(engine, scheduler, workers) as (compute, threads, at_once):
         options = dataclasses.replace(options, threads=threads)
-        job_for = jobs(options, out, formats, treat_as, compute, overwrite)
+        job_for = jobs(options, out, wanted, treat_as, compute, overwrite)
         try:
             outcome = segment_files(inputs, out, job_for, overwrite, bar, at_once)
         finally:
             bar.close()
+    return report(outcome, out)
+
+
+def report(outcome: Outcome, out: Path) -> int:
+    """Say what became of a run; its exit code."""
+    from .fanout import SUMMARY
+
     total = sum(row.nuclei for row in outcome.rows)
     print(
         f"{total} nuclei in {len(outcome.rows)} images"
@@ -112,16 +121,15 @@ def segment(
 
 
 def jobs(
-    options: SlideOptions, out: Path, formats: str | None, treat_as: str, engine: Engine, overwrite: bool
+    options: SlideOptions, out: Path, wanted: Sequence[str] | None, treat_as: str, engine: Engine, overwrite: bool
 ) -> Callable[[Path], Job]:
-    """What tells which job a file is for: an image's or a slide's."""
-    from .fanout import ENDINGS, ImageJob, parse_formats
+    """What tells which job a file is for: an image's or a slide's; each writes the formats wanted that it has."""
+    from .fanout import ENDINGS, ImageJob
     from .predict import DEFAULT_MPP
     from .slide_run import DEFAULT_FORMATS, MANIFEST, Manifest, SlideJob, predictor_for
     from .slides.reader import is_slide
     from .slides.writers import WRITERS
 
-    wanted = None if formats is None else parse_formats(formats, [*ENDINGS, *WRITERS])
     of_images, of_slides = (
         usual if wanted is None else tuple(name for name in wanted if name in choices)
         for choices, usual in ((ENDINGS, tuple(ENDINGS)), (WRITERS, DEFAULT_FORMATS))
@@ -134,7 +142,8 @@ def jobs(
     def job_for(file: Path) -> Job:
         job = slides if treat_as == "slide" or (treat_as == "auto" and is_slide(file)) else images
         if not job.formats:
-            raise UserError(f"{file}: none of --formats {formats} can be written of it; see nuguide segment --help")
+            asked = ",".join(wanted or ())
+            raise UserError(f"{file}: none of --formats {asked} can be written of it; see nuguide segment --help")
         if options.roi is not None and job is images:
             raise UserError(f"{file}: --roi is for slides; leave it out, or give --treat-as slide")
         return job

@@ -129,7 +129,7 @@ def connected(scheduler: str | None, workers: int | None) -> Iterator[OnCluster]
         scheduler: such as tcp://host:8786. workers: processes to start here; by default one for every two cores.
 
     Raises:
-        UserError: Dask is not installed, or nothing answers at the address.
+        UserError: Dask is not installed, nothing answers at the address, or no workers could be started.
     """
     try:
         import distributed
@@ -151,13 +151,16 @@ def connected(scheduler: str | None, workers: int | None) -> Iterator[OnCluster]
                 ) from error
             yield OnCluster(client)
         return
-    count = local_workers(workers)
-    with (
-        distributed.LocalCluster(
-            n_workers=count, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", silence_logs=50,
-            # a limit would only pause a worker, for good, whose memory is the model's and not of results
-            memory_limit=0,
-        ) as cluster,
-        distributed.Client(cluster) as client,
-    ):
+    with contextlib.ExitStack() as running:
+        try:
+            started = running.enter_context(distributed.LocalCluster(
+                n_workers=local_workers(workers), threads_per_worker=1, processes=True, silence_logs=50,
+                dashboard_address="127.0.0.1:0",
+                # a limit would only pause a worker, for good, whose memory is the model's and not of results
+                memory_limit=0,
+            ))
+            client = running.enter_context(distributed.Client(started))
+        except (OSError, RuntimeError, TimeoutError, ValueError) as error:
+            told = " ".join(str(error).split())[:150]
+            raise UserError(f"no Dask workers could be started here ({told}); leave out --engine dask") from error
         yield OnCluster(client)

@@ -29,7 +29,8 @@ def results(out: Path, experiment: Experiment) -> pd.DataFrame:
             document = json.loads(file.read_text())
             facts = {name: document["facts"][name] for name in ("arm", "fold", "seed")}
             tables.append(pd.DataFrame(document["images"]).assign(set=file.parts[-3], **facts))
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["set", "arm", "fold", *METRICS])
+    nothing = pd.DataFrame(columns=pd.Index(["set", "arm", "fold", *METRICS]))
+    return pd.concat(tables, ignore_index=True) if tables else nothing
 
 
 def summary(rows: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
@@ -48,8 +49,9 @@ def summary(rows: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
             line["folds"] = of_arm["fold"].nunique()
             for metric in METRICS:
                 line[metric] = of_arm[metric].mean()
-                means = [only(of_arm, fold=fold)[metric].mean() for fold in of_arm["fold"].unique()]
-                line[f"{metric}_sd"] = np.std(means, ddof=1) if len(means) > 1 else float("nan")
+                folds = [only(of_arm, fold=fold)[metric].to_numpy() for fold in of_arm["fold"].unique()]
+                means = np.array([float(values.mean()) for values in folds])
+                line[f"{metric}_sd"] = means.std(ddof=1) if len(means) > 1 else float("nan")
             printed = experiment.printed.get(arm.name, {}).get(set_name, (None, None))
             line["printed_dice"], line["printed_iou"] = (float("nan") if p is None else p for p in printed)
             lines.append(line)
@@ -72,7 +74,8 @@ def differences(rows: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
             pair = [part.take(np.flatnonzero(np.isin(part["id"], shared))) for part in (of_arm, reference)]
             lines.append(paired(*pair).assign(set=set_name, arm=arm.name, title=arm.title))
     if not lines:
-        return pd.DataFrame(columns=["set", "arm", "title", "metric", "difference", "low", "high", "better", "worse"])
+        names = ["set", "arm", "title", "metric", "difference", "low", "high", "better", "worse"]
+        return pd.DataFrame(columns=pd.Index(names))
     return pd.concat(lines, ignore_index=True)
 
 

@@ -27,6 +27,7 @@ from nuguide.checkpoint import ModelSpec
 from nuguide.export import read_polygons
 from nuguide.images import declared_px
 from nuguide.metrics import panoptic_quality
+from nuguide.slide_run import Manifest, SlideJob, SlideOptions
 from nuguide.slides.parts import PartStore
 from nuguide.slides.pyramid import PyramidSlide
 from nuguide.slides.reader import is_slide
@@ -226,6 +227,18 @@ def test_again_it_is_skipped_and_what_was_asked_otherwise_is_refused(slide, out,
     assert 0 < len(table(out)) < before["slide.csv"].count(b"\n") / 2
     assert segment(slide, out, model, *csv) == 2
     assert "were made with --roi 0,0,300,300 and the tissue mask" in said(capsys)
+
+
+def test_slides_that_wait_are_pending_and_those_done_before_stay_done(tmp_path):
+    manifest = Manifest(tmp_path / "slides.json")
+    job = SlideJob(SlideOptions(), "m", manifest=manifest)
+    manifest.note(tmp_path / "b.svs", "done", nuclei=7)
+    for name in ("a.svs", "b.svs"):
+        job.queue(tmp_path / name)
+    states = json.loads((tmp_path / "slides.json").read_text())
+    assert states == {
+        str(tmp_path / "b.svs"): {"state": "done", "nuclei": 7}, str(tmp_path / "a.svs"): {"state": "pending"}
+    }
 
 
 def test_the_manifest_keeps_what_earlier_runs_did(tmp_path, slide, out, model):

@@ -14,7 +14,7 @@ import io
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +36,7 @@ _GAP_PX = 3                # between nuclei, and to the border of a block: none 
 
 @dataclass(frozen=True)
 class Block:
-    """A square of drawn tissue: (B, B, 3) uint8 and its label map (B, B) int32, 1 to n."""
+    """A square of tissue: (B, B, 3) uint8 and its label map (B, B) int32, 1 to n."""
 
     image_rgb: np.ndarray
     labels: np.ndarray
@@ -155,6 +155,7 @@ def write_slide(
     compression: str = "jpeg",
     tile_px: int = 256,
     density: float = NUCLEI_PER_PX,
+    given: Sequence[Block] = (),
 ) -> Truth:
     """The truth of a slide that is drawn into `path`: OME-TIFF where its name ends with .ome.tif, else as Aperio's.
 
@@ -170,11 +171,12 @@ def write_slide(
         compression: "jpeg" (quality 85, RGB without subsampling) or "zlib".
         tile_px: side of a tile, a power of two.
         density: nuclei per pixel of 0.25 microns.
+        given: real tissue to lay out instead of drawn blocks, all squares of `block_px`.
     """
     drawn_mpp = mpp or 0.25
     rng = np.random.default_rng(seed)
-    tissue = tuple(draw_block(block_px, drawn_mpp, rng, density) for _ in range(blocks))
-    plan = _plan(size_px, block_px, blocks, glass_blocks, ink is not None)
+    tissue = tuple(given) or tuple(draw_block(block_px, drawn_mpp, rng, density) for _ in range(blocks))
+    plan = _plan(size_px, block_px, len(tissue), glass_blocks, ink is not None)
     pictures = {number: block.image_rgb for number, block in enumerate(tissue)}
     pictures[_GLASS] = _noisy(np.full((block_px, block_px, 3), GLASS_RGB, np.float32), rng)
     stroke = np.full((block_px, block_px, 3), GLASS_RGB, np.float32)

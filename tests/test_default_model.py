@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import nuguide
 from conftest import draw_tissue
+from drawn_slide import Block, write_slide
+from nuguide import cli
 from nuguide.checkpoint import MODELS, WEIGHTS, read_spec
 from nuguide.datasets import read_dataset
 from nuguide.metrics import dice, panoptic_quality
@@ -74,3 +77,20 @@ def test_it_scores_on_real_slides_what_its_result_file_says(model: Predictor, sh
         sample = tnbc[tnbc.ids.index(row["id"])]
         found.append(dice(sample.labels, model.segment(sample.image_rgb, sample.mpp).labels))
     assert np.mean(found) == pytest.approx(np.mean([row["dice"] for row in rows]), abs=0.01)
+
+
+def test_a_slide_of_real_tissue_is_segmented_as_its_images_are(shared_data, tmp_path):
+    """Nine images of NuInsSeg side by side on glass: the slide has about as many nuclei as its annotation."""
+    dataset = read_dataset("nuinsseg", shared_data / "nuinsseg")
+    some = [dataset[index] for index in range(0, len(dataset), len(dataset) // 9)][:9]
+    given = [Block(sample.image_rgb, sample.labels) for sample in some]
+    truth = write_slide(tmp_path / "real.svs", (5 * 512, 5 * 512), 0.25, block_px=512, given=given)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["segment", str(tmp_path / "real.svs"), "--out", str(tmp_path / "out"), "--formats", "csv"])
+    assert stopped.value.code == 0
+    table = pd.read_csv(tmp_path / "out" / "real.csv")
+    assert truth.nuclei > 200
+    assert 0.6 * truth.nuclei < len(table) < 1.6 * truth.nuclei
+    inside = table[["centroid_x_px", "centroid_y_px"]].to_numpy()
+    assert inside.min() > 512 - 40
+    assert inside.max() < 4 * 512 + 40

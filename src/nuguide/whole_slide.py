@@ -21,7 +21,17 @@ from torch import Tensor
 
 from .instances import CHANNELS, Separation, enlarge, separate
 from .measure import measure, outlines
-from .predict import CONTEXT_PX, MARGIN_PX, PHASE_PX, Predictor, padded, resizes, sees_regions
+from .predict import (
+    CONTEXT_PX,
+    MARGIN_PX,
+    OVERLAP_PX,
+    PHASE_PX,
+    TILE_PX,
+    Predictor,
+    padded,
+    resizes,
+    sees_regions,
+)
 from .resample import resampled_size, resize_map
 from .slides.layout import REGION_TILES, Layout, Region
 from .slides.parts import Part, PartStore
@@ -93,7 +103,7 @@ def lay_out(slide_px: tuple[int, int], mpp: float, predictor: Predictor) -> Layo
     tile_px = max(predictor.tile_px // PHASE_PX, 2) * PHASE_PX
     overlap_px = min(-(-predictor.overlap_px // PHASE_PX), tile_px // PHASE_PX - 1) * PHASE_PX
     # regions of one size, whatever the tiles: about 1,800 px, REGION_TILES of the default tiles
-    region_tiles = max(1, round(REGION_TILES * 448 / (tile_px - overlap_px)))
+    region_tiles = max(1, round(REGION_TILES * (TILE_PX - OVERLAP_PX) / (tile_px - overlap_px)))
     fine = 2 if mpp < 0.75 * predictor.spec.mpp else 1
     grid_px = resampled_size(slide_px, mpp, predictor.spec.mpp)
     return Layout(slide_px, mpp, grid_px, predictor.spec.mpp, fine, tile_px, overlap_px, region_tiles)

@@ -99,7 +99,7 @@ class Layout:
         return rows, columns
 
     def tile(self, row: int, column: int) -> Tile:
-        """One tile, in grid pixels; its core is the part of it that no earlier tile in rows and columns has."""
+        """One tile, in grid pixels; its core is all of it, for regions own nuclei, not tiles."""
         (top, bottom), (left, right) = self._span(row, 0), self._span(column, 1)
         return Tile(top, left, bottom, right, top, left, bottom, right)
 

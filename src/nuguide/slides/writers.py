@@ -36,7 +36,7 @@ from .parts import Part, PartStore
 from .windows import LabelWindows
 
 LABELS = "nuclei"               # the name of the label map in OME-Zarr
-MOST_SHAPES = 2_000_000         # of `write_spatialdata`, which needs about 3 KB of memory for each
+MOST_SHAPES = 2_000_000         # of `write_spatialdata`, which holds shapes and table in memory
 _NO_ROWS = Part.empty().table
 _ROW_GROUP = 65_536
 _TIFF_TILE_PX, _ZARR_TILE_PX = 512, 1024
@@ -136,7 +136,7 @@ def write_geojson(store: PartStore, path: Path, about: About) -> None:
 
 
 def write_geojson_gz(store: PartStore, path: Path, about: About) -> None:
-    """`write_geojson`, compressed; QuPath opens it as it is."""
+    """`write_geojson`, compressed."""
     with export.replacing(path) as file, gzip.GzipFile("", "wb", 5, file, mtime=0) as packed:
         export.write_features(packed, _features(store, about))  # pyright: ignore[reportArgumentType]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 import torch
@@ -91,7 +92,7 @@ def client() -> Iterator[Any]:
             n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address="127.0.0.1:0",
             silence_logs=50, memory_limit=0,
         ) as workers,
-        distributed.Client(workers) as client,
+        distributed.Client(workers, set_as_default=False) as client,
     ):
         client.run(os.chdir, "/")
         yield client
@@ -201,6 +202,8 @@ def test_where_nothing_answers_or_dask_is_missing_one_line_says_so(drawn, tmp_pa
         assert nuguide(*command, "--scheduler", address) == 2
         said = capsys.readouterr().err.splitlines()[-1]
         assert said == f"nuguide: --scheduler {address}: nothing answers there; start it with: dask scheduler"
+        # else all that this process computes with Dask from now on would ask a cluster that there is not
+        assert dask.config.get("scheduler", None) is None
     monkeypatch.setitem(sys.modules, "distributed", None)
     assert nuguide(*command) == 2
     said = capsys.readouterr().err.splitlines()[-1]

@@ -53,7 +53,8 @@ class OnCluster(Engine):
             for chunk in chunks
         ]
         try:
-            for future in as_completed(tasks):
+            # the loop, for the client is not Dask's default one
+            for future in as_completed(tasks, loop=self.client.loop):
                 counts, spent, failure = result_of(future, task)
                 if failure is not None:
                     raise UserError(failure)
@@ -125,6 +126,8 @@ def threads_of(scheduler: str | None, workers: int | None) -> int:
 def connected(scheduler: str | None, workers: int | None) -> Iterator[OnCluster]:
     """A cluster: the one behind an address, or processes of this machine, which end with the block.
 
+    It does not become Dask's default: what else this process computes with Dask stays where it was.
+
     Args:
         scheduler: such as tcp://host:8786. workers: processes to start here; by default one for every two cores.
 
@@ -139,7 +142,7 @@ def connected(scheduler: str | None, workers: int | None) -> Iterator[OnCluster]
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     if scheduler is not None:
         try:
-            client = distributed.Client(scheduler, timeout=ANSWER_SECONDS)
+            client = distributed.Client(scheduler, timeout=ANSWER_SECONDS, set_as_default=False)
         except (OSError, TimeoutError, ValueError) as error:
             raise UserError(f"--scheduler {scheduler}: nothing answers there; start it with: dask scheduler") from error
         with client:
@@ -159,7 +162,7 @@ def connected(scheduler: str | None, workers: int | None) -> Iterator[OnCluster]
                 # a limit would only pause a worker, for good, whose memory is the model's and not of results
                 memory_limit=0,
             ))
-            client = running.enter_context(distributed.Client(started))
+            client = running.enter_context(distributed.Client(started, set_as_default=False))
         except (OSError, RuntimeError, TimeoutError, ValueError) as error:
             told = " ".join(str(error).split())[:150]
             raise UserError(f"no Dask workers could be started here ({told}); leave out --engine dask") from error

@@ -42,7 +42,7 @@ from torch.nn import functional as F
 from drawn_slide import write_slide
 from nuguide import checkpoint
 from nuguide.checkpoint import ModelSpec
-from nuguide.predict import Predictor
+from nuguide.predict import TILE_PX, Predictor
 
 HERE = Path(__file__).resolve()
 MPP = 0.25
@@ -240,7 +240,7 @@ def seams() -> Iterator[dict[str, Any]]:
         image = np.concatenate([image, image[:, ::-1]], axis=1)
         predictor.tile_px = max(image.shape[:2]) + 128
         whole = predictor.label(*predictor.probabilities(image))
-        predictor.tile_px = 576
+        predictor.tile_px = TILE_PX
         layout = lay_out(image.shape[:2], predictor.spec.mpp, predictor)
         layout = Layout(**{**layout.to_dict(), "region_tiles": 1})
 

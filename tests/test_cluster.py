@@ -37,8 +37,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-SIZE = (2816, 4608)         # 2 x 3 regions of the default tiles, whose cores end at these places
-CUT_Y, CUTS_X = 2080, (2080, 3872)
+SIZE = (2816, 4864)         # 2 x 3 regions of the default tiles, whose cores end at these places
+CUT_Y, CUTS_X = 2400, (2400, 4416)
 FORMATS = ("parquet", "csv", "geojson")
 
 

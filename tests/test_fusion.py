@@ -17,10 +17,10 @@ from nuguide.fusion import (
     Cross,
     Guided,
     at_grid,
+    bands,
     build_fusion,
     feature_channels,
     level_gates,
-    within_reach,
 )
 from nuguide.latents import pooled
 from nuguide.networks import NETWORKS, build_network
@@ -275,14 +275,43 @@ def test_unknown_names_list_the_choices() -> None:
 
 
 def test_a_token_within_reach_1_of_a_row_of_5_sees_its_neighbors_alone() -> None:
-    mask = within_reach(1, 5, 1, 5, 1, torch.device("cpu"))
+    ((queries, keys, mask),) = bands(1, 5, 1, 5, 1, torch.device("cpu"))
+    assert (queries, keys) == (slice(0, 5), slice(0, 5))
     assert mask is not None
     assert [row.nonzero().ravel().tolist() for row in mask] == [[0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4]]
     # a latent twice as fine: cells 0..9 lie at -0.25, 0.25, 0.75 ... on the row
-    fine = within_reach(1, 5, 1, 10, 1, torch.device("cpu"))
+    ((_, _, fine),) = bands(1, 5, 1, 10, 1, torch.device("cpu"))
     assert fine is not None
     assert fine[2].nonzero().ravel().tolist() == [3, 4, 5, 6]
-    assert within_reach(2, 2, 4, 4, 2, torch.device("cpu")) is None          # all see all: no mask is needed
+    ((_, _, mask),) = bands(2, 2, 4, 4, 2, torch.device("cpu"))
+    assert mask is None                                                      # all see all: no mask is needed
+
+
+def test_bands_of_8_rows_see_the_rows_within_reach_and_no_more() -> None:
+    """20 rows of 3: bands of rows 0-7, 8-15, 16-19; with reach 2 they see rows 0-9, 6-17, 14-19."""
+    found = bands(20, 3, 20, 3, 2, torch.device("cpu"))
+    assert [(own.start // 3, own.stop // 3) for own, _, _ in found] == [(0, 8), (8, 16), (16, 20)]
+    assert [(near.start // 3, near.stop // 3) for _, near, _ in found] == [(0, 10), (6, 18), (14, 20)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fine", [1, 2])
+def test_attention_in_bands_is_attention_under_one_mask(fine: int) -> None:
+    torch.manual_seed(3)
+    attention = Attention(8, 8, heads=2, reach=3)
+    query, key = torch.randn(2, 8, 19, 11), torch.randn(2, 8, 19 * fine, 11 * fine)
+    near = []
+    for side in (19, 11):
+        place = (torch.arange(side * fine) + 0.5) / fine - 0.5
+        near.append((torch.arange(side)[:, None] - place).abs() <= 3)
+    mask = (near[0][:, None, :, None] & near[1][None, :, None, :]).reshape(19 * 11, -1)
+    q, k, v = (
+        conv(x).flatten(2).unflatten(1, (2, 4)).transpose(2, 3)
+        for conv, x in ((attention.query, query), (attention.key, key), (attention.value, key))
+    )
+    scores = (q @ k.transpose(2, 3) / 2).masked_fill(~mask, -torch.inf)      # 2: the root of 4 channels a head
+    whole = attention.out((scores.softmax(-1) @ v).transpose(2, 3).flatten(1, 2).unflatten(2, (19, 11)))
+    assert torch.allclose(attention(query, key, key), whole, atol=1e-6)
 
 
 @torch.no_grad()

@@ -207,7 +207,7 @@ def test_small_tiles_overlap_by_a_quarter():
     def overlap(**options) -> int:
         return Predictor(ByColor(), None, SPEC, "cpu", "fp32", **options).overlap_px
 
-    assert (overlap(), overlap(tile_px=256), overlap(tile_px=128, overlap_px=48)) == (128, 64, 48)
+    assert (overlap(), overlap(tile_px=256), overlap(tile_px=128, overlap_px=48)) == (96, 64, 48)
 
 
 def test_progress_counts_tiles_up_to_all_of_them(wide):

@@ -41,7 +41,7 @@ ALWAYS = ["slides.json", "slide.summary.json", "slide.tissue.png", "summary.csv"
 @pytest.fixture(autouse=True)
 def small_regions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nuguide.predict.TILE_PX", 192)
-    monkeypatch.setattr("nuguide.whole_slide.REGION_TILES", 0.5)
+    monkeypatch.setattr("nuguide.whole_slide.REGION_TILES", 0.4)
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ class Slow(ByColor):
         time.sleep(0.3)
         return super().forward(image)
 
-nuguide.predict.TILE_PX, nuguide.whole_slide.REGION_TILES = 192, 0.5
+nuguide.predict.TILE_PX, nuguide.whole_slide.REGION_TILES = 192, 0.4
 networks.NETWORKS["by_color"] = lambda classes: Slow()
 cli.main(sys.argv[1:])
 """
@@ -280,7 +280,7 @@ def unbroken(drawn, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes
     folder = tmp_path_factory.mktemp("unbroken")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nuguide.predict.TILE_PX", 192)
-        patch.setattr("nuguide.whole_slide.REGION_TILES", 0.5)
+        patch.setattr("nuguide.whole_slide.REGION_TILES", 0.4)
         patch.setitem(checkpoint.build_network.__globals__["NETWORKS"], "by_color", lambda classes: ByColor())
         model = checkpoint.save(folder / "model", ByColor(), ModelSpec("by_color"))
         assert segment(drawn[0], folder / "out", model, *THREE) == 0

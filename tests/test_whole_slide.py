@@ -180,6 +180,16 @@ def test_every_tile_is_computed_once(tmp_path):
     assert not work._kept
 
 
+def test_without_room_to_keep_tiles_they_are_computed_again_and_the_parts_are_the_same(tmp_path, monkeypatch):
+    image = wide_tissue((500, 600), seed=8)
+    table, _, work = segment(image, 0.5, predictor(128), tmp_path / "roomy")
+    monkeypatch.setattr("nuguide.whole_slide.CACHED_TILES", 2)
+    assert max(len(step.kept) for step in work.steps(work.wanted)) == 2
+    again, _, cramped = segment(image, 0.5, predictor(128), tmp_path / "cramped")
+    assert cramped.tiles_done > work.tiles_done
+    assert again.equals(table)
+
+
 def test_outside_of_the_areas_nothing_is_found_and_no_tile_computed(tmp_path):
     image = wide_tissue((700, 810), seed=9)
     everything, _, _ = segment(image, 0.5, predictor(128), tmp_path / "all")
@@ -253,7 +263,7 @@ def test_exposure_is_measured_once_for_the_slide(tmp_path):
     seen = []
 
     def gain(region, count):
-        window = work.read(region)
+        window = work.read(next(work.steps([region])))
         seen.append(window.prepared_rgb.astype(float).sum() / window.image_rgb.sum())
 
     layout = lay_out((700, 810), 0.5, model)
@@ -292,12 +302,15 @@ def test_a_guided_network_gets_the_latent_of_its_place_whatever_the_region(tmp_p
     model = Predictor(ByColorGuided(), Colors(), spec, precision="fp32", tile_px=128)
     layout = Layout(**{**lay_out((700, 810), 0.5, model).to_dict(), "region_tiles": 2})
     work = SlideRegions(Held(image), layout, model)
-    for region in work.wanted:
-        window = work.read(region)
-        for place in region.tiles:
+    computed = []
+    for step in work.steps(work.wanted):
+        window = work.read(step)
+        for place in step.missing:
+            computed.append(place)
             tile = layout.tile(*place)
             here = model.latent(window.image_rgb, shifted(tile, window.top, window.left))
             assert torch.equal(here, model.latent(image, tile))
+    assert sorted(computed) == sorted(work.active), "each tile once"
 
 
 def test_a_guide_that_sees_regions_has_them_at_fixed_places_of_the_slide(tmp_path):
@@ -313,7 +326,8 @@ def test_a_guide_that_sees_regions_has_them_at_fixed_places_of_the_slide(tmp_pat
     alone = []
     for region in reversed(work.wanted):
         other = SlideRegions(Held(image), layout, model)
-        alone.append((region, other.part(region, window := other.read(region), other.maps(region, window))))
+        step = next(other.steps([region]))
+        alone.append((region, other.part(region, window := other.read(step), other.maps(step, window))))
     for region, part in alone:
         assert part.table.equals(store.read(region).table)
     assert len(table) > 100

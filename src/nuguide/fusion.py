@@ -83,28 +83,42 @@ class Attention(nn.Module):
         def tokens(x: Tensor) -> Tensor:                                       # (B, heads, h w, C / heads)
             return x.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)
 
-        mask = None
-        if self.reach is not None:
-            mask = within_reach(*query.shape[-2:], *key.shape[-2:], self.reach, query.device)
-        y = F.scaled_dot_product_attention(
-            tokens(self.query(query)), tokens(self.key(key)), tokens(self.value(value)), attn_mask=mask
-        )
-        return self.out(y.transpose(2, 3).flatten(1, 2).unflatten(2, query.shape[-2:]))
+        (height, width), (h, w) = query.shape[-2:], key.shape[-2:]
+        q, k, v = tokens(self.query(query)), tokens(self.key(key)), tokens(self.value(value))
+        found = [
+            F.scaled_dot_product_attention(q[:, :, own], k[:, :, near], v[:, :, near], attn_mask=mask)
+            for own, near, mask in bands(height, width, h, w, self.reach, query.device)
+        ]
+        return self.out(torch.cat(found, dim=2).transpose(2, 3).flatten(1, 2).unflatten(2, (height, width)))
+
+
+Band = tuple[slice, slice, Tensor | None]
+BAND_ROWS = 8
 
 
 @lru_cache(maxsize=16)
-def within_reach(height: int, width: int, h: int, w: int, reach: int, device: torch.device) -> Tensor | None:
-    """Which keys on a grid h x w each query on a grid height x width may attend to: (height width, h w) bool.
+def bands(height: int, width: int, h: int, w: int, reach: int | None, device: torch.device) -> list[Band]:
+    """What the queries of a few rows of a grid height x width may attend to, of keys on a grid h x w, rows by rows.
 
-    None where all may attend to all.
+    Each band has the slice of its queries, the slice of the keys near them, and which of these each may attend to
+    (queries, keys) bool, None where all may attend to all. So the work grows with the grid's area, not its square.
     """
-    near = []
-    for queries, keys in ((height, h), (width, w)):
-        place = (torch.arange(keys) + 0.5) * queries / keys - 0.5
-        near.append((torch.arange(queries)[:, None] - place[None, :]).abs() <= reach)
-    rows, columns = near
-    mask = (rows[:, None, :, None] & columns[None, :, None, :]).reshape(height * width, h * w)
-    return None if bool(mask.all()) else mask.to(device)
+    if reach is None:
+        return [(slice(None), slice(None), None)]
+    rows, columns = (
+        (torch.arange(queries)[:, None] - ((torch.arange(keys) + 0.5) * queries / keys - 0.5)).abs() <= reach
+        for queries, keys in ((height, h), (width, w))
+    )
+    found: list[Band] = []
+    for top in range(0, height, BAND_ROWS):
+        own = rows[top : top + BAND_ROWS]
+        near = own.any(0).nonzero()
+        first, last = int(near[0]), int(near[-1]) + 1
+        mask = own[:, None, first:last, None] & columns[None, :, None, :]
+        mask = mask.reshape(len(own) * width, (last - first) * w)
+        queries = slice(top * width, (top + len(own)) * width)
+        found.append((queries, slice(first * w, last * w), None if bool(mask.all()) else mask.to(device)))
+    return found
 
 
 class XGFB(nn.Module):

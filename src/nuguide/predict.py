@@ -23,13 +23,14 @@ from .normalize import StainNormalizer
 from .nuclei import Nuclei
 from .resample import resampled_size, resize_image, resize_map
 from .stain import brightened, exposure_gain
+from .streams import STREAMS, side_by_side
 from .tiling import batches, blend, cover, gather
 from .types import Tile, UserError
 
 log = logging.getLogger(__name__)
 
 DEFAULT_MPP = 0.25          # of an image that does not say: what scanners call 40x
-TILE_PX, OVERLAP_PX, MARGIN_PX = 576, 128, 16     # at the network's resolution
+TILE_PX, OVERLAP_PX, MARGIN_PX = 768, 96, 16     # at the network's resolution
 CONTEXT_PX = 192                                  # that the guide sees around a tile
 PHASE_PX = 32                                     # the coarsest stride of networks and guides
 MIRRORS = ((), (0,), (1,), (0, 1))                # axes of an image
@@ -48,7 +49,7 @@ class Predictor:
         device, precision: see `machine`. batch: tiles computed at once.
         tile_px, overlap_px: of the tiles, at the network's resolution. By default tiles are large, so that little is
             computed twice; where the guide resizes what it sees, they are as large as the patches of the training.
-            They overlap by 128 px, small ones by a quarter.
+            They overlap by 96 px, small ones by a quarter.
         flips: average the maps of the image and its three mirror images; takes four times as long.
         separation: how maps become nuclei; by default as the spec says.
     """
@@ -157,7 +158,7 @@ class Predictor:
     def _blended(self, image_rgb: np.ndarray, progress: Callable[[int, int], None] | None) -> np.ndarray:
         shape = image_rgb.shape[:2]
         tiles = cover(shape, max(self.tile_px, PHASE_PX), self.overlap_px, PHASE_PX)
-        mapped = self._map_tiles(image_rgb, tiles, progress)
+        mapped = self._map_tiles(image_rgb, tiles, progress, streams=min(STREAMS, -(-len(tiles) // self.batch)))
         return blend(shape, mapped, len(CHANNELS), self.overlap_px, min(MARGIN_PX, self.overlap_px // 4))
 
     def label(self, nucleus: np.ndarray, interior: np.ndarray) -> np.ndarray:
@@ -173,7 +174,8 @@ class Predictor:
     ) -> list[np.ndarray]:
         """The maps of each tile (2, height, width) float32, not blended, of an image (H, W, 3) uint8 as `prepared`.
 
-        What a tile gets depends on what lies within `CONTEXT_PX` of it, and on where it starts modulo `PHASE_PX`.
+        What a tile gets depends on what lies within `CONTEXT_PX` of it, and on where it starts modulo `PHASE_PX`; not
+        on which others come with it.
 
         Args:
             latent_of: gives the latent (1, C, h, w) of a tile, where the image is a part of a larger one and the guide
@@ -198,13 +200,21 @@ class Predictor:
         tiles: list[Tile],
         progress: Callable[[int, int], None] | None,
         latent_of: Callable[[Tile], Tensor] | None = None,
+        streams: int = STREAMS,
     ) -> Iterator[tuple[Tile, np.ndarray]]:
-        done = 0
         of_tile = latent_of or self._latents(image_rgb)
-        for group in batches(tiles, self.batch):
+        groups = list(batches(tiles, self.batch))
+
+        def compute(group: list[Tile]) -> np.ndarray:
             stack = np.stack([padded(image_rgb[tile.window], PHASE_PX) for tile in group])
             latents = None if of_tile is None else [of_tile(tile) for tile in group]
-            maps = self.maps(as_batch(stack), None if latents is None else torch.cat(latents)).numpy()
+            return self.maps(as_batch(stack), None if latents is None else torch.cat(latents)).numpy()
+
+        # regions of a guide are encoded on the way, by whoever comes first, so their tiles go one after another
+        alone = self.device.type != "cpu" or sees_regions(self.guide)
+        computed = side_by_side(compute, groups, 1 if alone else streams)
+        done = 0
+        for group, maps in zip(groups, computed, strict=True):
             for tile, values in zip(group, maps, strict=True):
                 yield tile, values[:, : tile.bottom - tile.top, : tile.right - tile.left]
             done += len(group)

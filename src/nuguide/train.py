@@ -34,6 +34,7 @@ from .latents import LatentCache, RegionLatents
 from .losses import dice_focal
 from .machine import choose_device, choose_precision, keep_freed_memory
 from .metrics import dice
+from .networks import fold_batch_norm
 from .networks.blocks import cropped, pad_to_stride
 from .normalize import StainNormalizer
 from .recipe import TrainOptions
@@ -246,7 +247,8 @@ def fit(
     guide = None
     try:
         if options.fusion != "none":
-            guide = load_guide(options.guide, options.guide_weights, options.guide_px, options.guide_scale)
+            guide = load_guide(options.guide, options.guide_weights, options.guide_px, options.guide_scale).eval()
+            fold_batch_norm(guide)
         if guide is not None and guide.scale == "region" and options.patch_px > (guide.image_px or 0):
             raise ValueError(f"patch_px {options.patch_px} is more than the guide's region of {guide.image_px} px")
         stain = fitted_stain(options, train)

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Protocol
 
+import cv2
 import numpy as np
 from torch import Tensor
 
@@ -45,6 +46,8 @@ CACHED_TILES = 512          # of 1.3 MB each: the last row of tiles of a slide o
 SAMPLE_PX, SAMPLES = 512, 9     # windows from which exposure and stain of a slide are measured
 WHITE = 255
 BLOCK_PX = 128              # of a damaged slide is left out at once, at least
+
+Place = tuple[int, int]     # row and column of a tile
 
 
 class Area(Protocol):
@@ -84,6 +87,15 @@ class Window:
     bad: tuple[tuple[int, int, int, int], ...] = ()
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one region needs, given those before it in a run: tiles to compute, and tiles to keep for those after it."""
+
+    region: Region
+    missing: tuple[Place, ...]
+    kept: frozenset[Place]
+
+
 @dataclass
 class Stages:
     """Seconds spent in each stage; with several threads their sum is more than what a clock shows."""
@@ -102,7 +114,7 @@ def lay_out(slide_px: tuple[int, int], mpp: float, predictor: Predictor) -> Layo
     """How a slide of that size (H, W) and microns per pixel is divided for a predictor."""
     tile_px = max(predictor.tile_px // PHASE_PX, 2) * PHASE_PX
     overlap_px = min(-(-predictor.overlap_px // PHASE_PX), tile_px // PHASE_PX - 1) * PHASE_PX
-    # regions of one size, whatever the tiles: about 1,800 px, REGION_TILES of the default tiles
+    # regions of one size, whatever the tiles: about 1,900 px, REGION_TILES of the default tiles
     region_tiles = max(1, round(REGION_TILES * (TILE_PX - OVERLAP_PX) / (tile_px - overlap_px)))
     fine = 2 if mpp < 0.75 * predictor.spec.mpp else 1
     grid_px = resampled_size(slide_px, mpp, predictor.spec.mpp)
@@ -131,8 +143,7 @@ class SlideRegions:
     tiles_done: int = 0
 
     def __post_init__(self) -> None:
-        self._kept: dict[tuple[int, int], np.ndarray] = {}
-        self._users: Counter[tuple[int, int]] = Counter()
+        self._kept: dict[Place, np.ndarray] = {}
 
     @cached_property
     def wanted(self) -> tuple[Region, ...]:
@@ -143,7 +154,7 @@ class SlideRegions:
         return all(area.covers(*self.layout.level0(rectangle)) for area in self.areas)
 
     @cached_property
-    def active(self) -> frozenset[tuple[int, int]]:
+    def active(self) -> frozenset[Place]:
         """(row, column) of the tiles that wanted regions need; the others hold nothing of the areas."""
         asked = {place for region in self.wanted for place in region.tiles}
         return frozenset(place for place in asked if self._covered(self.layout.tile(*place)))
@@ -182,21 +193,19 @@ class SlideRegions:
             UserError: the slide cannot be read, or the part not be written; parts that are done stay.
             MemoryError: a tile does not fit into memory.
         """
-        self._users = Counter(place for region in regions for place in region.tiles if place in self.active)
         self._kept.clear()
         with ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "finish") as finishing:
-            waiting: deque[tuple[Region, Future[Window]]] = deque()
+            waiting: deque[tuple[Step, Future[Window]]] = deque()
             ending: deque[tuple[Region, Future[int]]] = deque()
-            remaining = iter(regions)
+            remaining = self.steps(regions)
             try:
-                for region in self._next(remaining, AHEAD):
-                    waiting.append((region, reading.submit(self.read, region)))
+                waiting.extend((step, reading.submit(self.read, step)) for step in islice(remaining, AHEAD))
                 while waiting:
-                    region, window = waiting.popleft()
+                    step, window = waiting.popleft()
                     image = window.result()
-                    waiting.extend((one, reading.submit(self.read, one)) for one in self._next(remaining, 1))
-                    maps = self.maps(region, image)
-                    ending.append((region, finishing.submit(self._finish, region, image, maps, store)))
+                    waiting.extend((one, reading.submit(self.read, one)) for one in islice(remaining, 1))
+                    maps = self.maps(step, image)
+                    ending.append((step.region, finishing.submit(self._finish, step.region, image, maps, store)))
                     while len(ending) > AHEAD or (ending and not waiting):
                         finished, count = ending.popleft()
                         done(finished, count.result())
@@ -204,9 +213,21 @@ class SlideRegions:
                 for _, future in waiting:               # but what the network has done is finished and kept
                     future.cancel()
 
-    @staticmethod
-    def _next(regions: Iterator[Region], count: int) -> list[Region]:
-        return [region for _, region in zip(range(count), regions, strict=False)]
+    def steps(self, regions: Sequence[Region]) -> Iterator[Step]:
+        """What each of these regions, one after another, has to compute and to keep.
+
+        A tile is kept until the last region that needs it, as long as there is room.
+        """
+        users = Counter(place for region in regions for place in region.tiles if place in self.active)
+        kept: set[Place] = set()
+        for region in regions:
+            places = [place for place in region.tiles if place in self.active]
+            missing = tuple(place for place in places if place not in kept)
+            users.subtract(places)
+            kept.difference_update(place for place in places if not users[place])
+            again = [place for place in missing if users[place]]
+            kept.update(again[: CACHED_TILES - len(kept)])
+            yield Step(region, missing, frozenset(kept))
 
     def _finish(self, region: Region, window: Window, maps: np.ndarray, store: PartStore) -> int:
         start = time.perf_counter()
@@ -217,8 +238,8 @@ class SlideRegions:
         self.stages.add("write", start)
         return len(part)
 
-    def read(self, region: Region) -> Window:
-        """The pixels that a region needs: its window, and its tiles with the context that the guide sees.
+    def read(self, step: Step) -> Window:
+        """The pixels that a region needs: its window, and its missing tiles with the context that the guide sees.
 
         Raises:
             UserError: they cannot be read, and `skip_bad` is not set.
@@ -226,17 +247,17 @@ class SlideRegions:
         start = time.perf_counter()
         guide = self.predictor.guide
         around = 0 if guide is None or resizes(guide) else CONTEXT_PX
-        boxes = [region.window, *(self.layout.tile(*place) for place in region.tiles if place in self.active)]
+        window, tiles = step.region.window, [self.layout.tile(*place) for place in step.missing]
         height, width = self.layout.grid_px
         # tiles have to start at multiples of PHASE_PX of what they are cut from
-        top = max(min(box.top for box in boxes) - around, 0) // PHASE_PX * PHASE_PX
-        left = max(min(box.left for box in boxes) - around, 0) // PHASE_PX * PHASE_PX
-        bottom = min(max(box.bottom for box in boxes) + around, height)
-        right = min(max(box.right for box in boxes) + around, width)
+        top = max(min([window.top, *(tile.top - around for tile in tiles)]), 0) // PHASE_PX * PHASE_PX
+        left = max(min([window.left, *(tile.left - around for tile in tiles)]), 0) // PHASE_PX * PHASE_PX
+        bottom = min(max([window.bottom, *(tile.bottom + around for tile in tiles)]), height)
+        right = min(max([window.right, *(tile.right + around for tile in tiles)]), width)
         image, bad = self._pixels(top, left, bottom, right)
-        window = Window(image, self.prepare(image), top, left, tuple(bad))
+        seen = Window(image, self.prepare(image), top, left, tuple(bad))
         self.stages.add("read", start)
-        return window
+        return seen
 
     def _pixels(
         self, top: int, left: int, bottom: int, right: int
@@ -268,27 +289,25 @@ class SlideRegions:
                     place[...] = part[: place.shape[0], : place.shape[1]]
         return image, bad
 
-    def maps(self, region: Region, window: Window) -> np.ndarray:
+    def maps(self, step: Step, window: Window) -> np.ndarray:
         """Probabilities (2, h, w) float32 of a region's window; 0 where no tile was computed."""
         start = time.perf_counter()
-        places = [place for place in region.tiles if place in self.active]
-        missing = [place for place in places if place not in self._kept]
-        box = region.window
+        known = self._kept | dict(self._computed(step.missing, window))
+        box = step.region.window
         total = np.zeros((len(CHANNELS), box.bottom - box.top, box.right - box.left), np.float32)
         weights = np.zeros(total.shape[1:], np.float32)
-        computed = dict(self._computed(missing, window))
-        for place in places:
-            values = computed[place] if place in computed else self._kept[place]
-            self._add(self.layout.tile(*place), values, box, total, weights)
+        for place in step.region.tiles:
+            if place in self.active:
+                self._add(self.layout.tile(*place), known[place], box, total, weights)
         total /= np.maximum(weights, 1e-12)
-        self._keep(places, computed)
-        self.tiles_done += len(missing)
+        self._kept = {place: known[place] for place in step.kept}
+        self.tiles_done += len(step.missing)
         self.stages.add("network", start)
         return total
 
     def _computed(
-        self, places: Sequence[tuple[int, int]], window: Window
-    ) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+        self, places: Sequence[Place], window: Window
+    ) -> Iterator[tuple[Place, np.ndarray]]:
         """The maps of tiles as fp16; those at the slide's border may be of another size, and go by themselves."""
         for _, group in groupby(places, key=lambda place: self._tile_size(place)):
             some = list(group)
@@ -316,18 +335,9 @@ class SlideRegions:
 
         return self.predictor.region_latents(shape, pixels)
 
-    def _tile_size(self, place: tuple[int, int]) -> tuple[int, int]:
+    def _tile_size(self, place: Place) -> tuple[int, int]:
         tile = self.layout.tile(*place)
         return tile.bottom - tile.top, tile.right - tile.left
-
-    def _keep(self, places: Sequence[tuple[int, int]], computed: dict[tuple[int, int], np.ndarray]) -> None:
-        """Hold on to tiles that a later region needs, as long as there is room, and let go of the others."""
-        for place in places:
-            self._users[place] -= 1
-            if self._users[place] <= 0:
-                self._kept.pop(place, None)
-            elif place in computed and len(self._kept) < CACHED_TILES:
-                self._kept[place] = computed[place]
 
     def _add(self, tile: Tile, values: np.ndarray, box: Tile, total: np.ndarray, weights: np.ndarray) -> None:
         """Add what a tile says of a window to sums and weights, as `tiling.blend` does for a whole image."""
@@ -378,11 +388,13 @@ def nuclei_of(
     fine = enlarge(labels, nucleus, size, separation.nucleus)
     number = np.zeros(labels.max() + 1, np.int32)
     number[ids[own]] = 1
-    number[np.setdiff1d(ids, np.unique(fine))] = 0
+    present = np.zeros(len(number), bool)       # one that is small may have no pixel at that size
+    present[fine] = True
+    number *= present
     number = np.cumsum(number, dtype=np.int32) * number
     fine = number[fine]
     rings = outlines(fine)
-    enlarged_rgb = image_rgb.repeat(layout.fine, 0).repeat(layout.fine, 1)
+    enlarged_rgb = cv2.resize(image_rgb, size[::-1], interpolation=cv2.INTER_NEAREST)
     table = measure(fine, enlarged_rgb, layout.fine_mpp, resize_map(nucleus, size), rings)
     top, left = box.top * layout.fine, box.left * layout.fine
     fine_y, fine_x = layout.fine_scale

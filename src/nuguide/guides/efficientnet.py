@@ -22,6 +22,15 @@ BLOCK_AT_STRIDE_16 = 10        # the last block of the fifth stage; the last of 
 LATENT_CHANNELS = 112 + 320
 
 
+def fusible(x: Tensor) -> bool:
+    """Whether oneDNN can convolve this and clip the result in one go, as torch's own compiler has it do.
+
+    On one thread that also spares torch's slow 1x1 convolution.
+    """
+    known = hasattr(torch.ops.mkldnn, "_convolution_pointwise") and torch.backends.mkldnn.is_available()
+    return known and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
+
+
 class SameConv(nn.Module):
     """Convolution with TensorFlow's "same" padding, batch norm (eps 1e-3) and, unless `linear`, ReLU6.
 
@@ -41,6 +50,11 @@ class SameConv(nn.Module):
             totals = [max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:]]
             below, right = (total - total // 2 for total in totals)
             x = F.pad(x, (totals[1] // 2, right, totals[0] // 2, below))
+        if fusible(x) and isinstance(self.norm, nn.Identity):
+            conv = self.conv
+            how = ("none", []) if self.linear else ("hardtanh", [0.0, 6.0])
+            shape = (conv.padding, conv.stride, conv.dilation, conv.groups)
+            return torch.ops.mkldnn._convolution_pointwise(x, conv.weight, conv.bias, *shape, *how, "")
         x = self.norm(self.conv(x))
         return x if self.linear else F.hardtanh(x, 0.0, 6.0, inplace=not self.training)
 

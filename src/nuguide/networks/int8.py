@@ -8,8 +8,8 @@ compiler calls them.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,21 @@ def int8_available() -> bool:
     return hasattr(torch.ops.onednn, "qconv2d_pointwise") and torch.backends.mkldnn.is_available()
 
 
+@functools.cache
+def take_note() -> None:
+    """Have torch say now, unheard, what it says once: that a successor of `quantize_per_tensor` will come.
+
+    It has no other way yet that quantizes in one pass.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
+
+
 def quantized(x: Tensor, scale: float, zero: int) -> Tensor:
     """round(x / scale) + zero, clipped to 0..255: uint8 of the same shape and memory layout."""
-    with warnings.catch_warnings():
-        # torch 2.13 announces a successor; it has no other way yet that quantizes in one pass
-        warnings.simplefilter("ignore", UserWarning)
-        steps = torch.quantize_per_tensor(x, scale, zero, torch.quint8)
+    take_note()
+    steps = torch.quantize_per_tensor(x, scale, zero, torch.quint8)
     return torch.empty(0, dtype=torch.uint8).set_(steps.untyped_storage(), 0, x.shape, steps.stride())
 
 
@@ -58,6 +67,7 @@ class Int8Conv(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, low: float, high: float, relu: bool):
         super().__init__()
+        take_note()                             # here, in one thread: filters of warnings belong to all
         low, high = min(low, 0.0), max(high, 1e-6)
         self.scale = (high - low) / 255
         self.zero = round(-low / self.scale)
@@ -106,7 +116,7 @@ class InputRanges:
     def __init__(self, module: nn.Module):
         self.ranges: Ranges = {}
         self.hooks = [
-            getattr(owner, attribute).register_forward_pre_hook(partial(self.see, name))
+            getattr(owner, attribute).register_forward_pre_hook(functools.partial(self.see, name))
             for name, (owner, attribute) in quantizable(module).items()
         ]
 

@@ -15,7 +15,7 @@ from functools import cached_property
 
 from ..types import Tile
 
-REGION_TILES = 4        # a region of a 40x slide is then about 3,600 px wide, 0.9 mm
+REGION_TILES = 3        # a region of a 40x slide is then about 3,800 px wide, 1 mm
 HALO_PX = 96            # 48 um at 0.5 microns per pixel
 
 

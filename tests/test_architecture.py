@@ -18,8 +18,8 @@ SOURCE = Path(nuguide.__file__).parent
 LAYERS = {
     "types": 0,
     "augment": 1, "datasets": 1, "download": 1, "export": 1, "fusion": 1, "guides": 1, "images": 1, "instances": 1,
-    "losses": 1, "machine": 1, "measure": 1, "metrics": 1, "networks": 1, "normalize": 1, "resample": 1, "stain": 1,
-    "streams": 1, "tiling": 1,
+    "losses": 1, "machine": 1, "measure": 1, "metrics": 1, "networks": 1, "normalize": 1, "resample": 1, "runs": 1,
+    "stain": 1, "streams": 1, "tiling": 1,
     "batches": 2, "checkpoint": 2, "latents": 2, "nuclei": 2, "recipe": 2, "slides": 2,
     "calibrate": 3, "cluster": 3, "deploy": 3, "evaluate": 3, "fanout": 3, "predict": 3, "slide_run": 3, "train": 3,
     "whole_slide": 3,
@@ -28,12 +28,12 @@ LAYERS = {
 }
 BESIDE = {
     "augment": {"stain"},            # varies the amount of each
-    "measure": {"stain"},            # unmixes them
+    "measure": {"runs", "stain"},    # sums over them; unmixes them
     "normalize": {"stain"},          # starts from them
     "fusion": {"networks"},          # fuses their deepest features, with their pooling
     "datasets": {"download", "images", "export"},  # gets and reads them, and the polygons that QuPath exports
     "guides": {"download"},          # gets their weights
-    "instances": {"resample"},       # brings label maps to the image's size
+    "instances": {"resample", "runs"},  # brings label maps to the image's size; finds the pieces of a nucleus
     "machine": {"networks"},         # measures one of their 8-bit convolutions
     "batches": {"latents"},          # hands them out with their patches
     "calibrate": {"predict"},        # runs it

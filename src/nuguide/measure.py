@@ -6,12 +6,11 @@ pixels times microns per pixel, from the same origin.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import cv2
 import numpy as np
 import pandas as pd
 
+from .runs import Runs, runs_of
 from .stain import STAINS
 
 COLUMNS = (
@@ -64,7 +63,7 @@ def measure(
     """
     probability = np.asarray(probability)
     _check(labels, image_rgb, mpp)
-    runs = _runs(labels)
+    runs = runs_of(labels)
     if probability.shape not in (labels.shape, runs.ids.shape):
         raise ValueError(
             f"probability has shape {probability.shape}: it is a map of {labels.shape} or {len(runs.ids)} numbers"
@@ -98,60 +97,10 @@ def outlines(labels: np.ndarray) -> dict[int, np.ndarray]:
     Args:
         labels: (H, W) of any integer type; 0 is background.
     """
-    return _outlines(labels, _runs(labels))
+    return _outlines(labels, runs_of(labels))
 
 
-@dataclass(frozen=True)
-class _Runs:
-    """The nuclei of a label map as runs of pixels along rows: far fewer than pixels, and enough for every moment.
-
-    Attributes:
-        ids: (n,) int64 labels, ascending.
-        nucleus: (R,) index into `ids`; row, start, stop: (R,) the pixels start..stop-1 of that row.
-        pixels: (P,) flat index of every pixel of a nucleus, run by run.
-        first: (R,) where each run begins in `pixels`.
-    """
-
-    ids: np.ndarray
-    nucleus: np.ndarray
-    row: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    pixels: np.ndarray
-    first: np.ndarray
-
-    def total(self, run_value: np.ndarray) -> np.ndarray:
-        """(n,) sum over the runs of each nucleus."""
-        return np.bincount(self.nucleus, run_value, minlength=len(self.ids))
-
-    def mean(self, pixel_value: np.ndarray) -> np.ndarray:
-        """(n,) mean of (P,) values over the pixels of each nucleus."""
-        if not len(self.ids):
-            return np.zeros(0)
-        run_sum = np.add.reduceat(pixel_value, self.first, dtype=np.float64)
-        return self.total(run_sum) / self.total(self.stop - self.start)
-
-
-def _runs(labels: np.ndarray) -> _Runs:
-    if labels.ndim != 2 or labels.dtype.kind not in "ui":
-        raise ValueError(f"labels are {labels.dtype} of shape {labels.shape}: a label map is (H, W) of integers")
-    width = max(labels.shape[1], 1)
-    flat = np.ascontiguousarray(labels).ravel()
-    changes = flat[1:] != flat[:-1]
-    changes[width - 1 :: width] = True  # a run ends with its row
-    begin = np.concatenate([[0], np.flatnonzero(changes) + 1]) if flat.size else np.zeros(0, np.int64)
-    end = np.append(begin[1:], flat.size)[: len(begin)]
-    held = flat[begin] > 0
-    begin, end = begin[held], end[held]
-    ids, nucleus = np.unique(flat[begin].astype(np.int64), return_inverse=True)
-    length = end - begin
-    first = np.cumsum(length) - length
-    pixels = np.arange(length.sum()) + np.repeat(begin - first, length)
-    row = begin // width
-    return _Runs(ids, nucleus, row, begin - row * width, end - row * width, pixels, first)
-
-
-def _moments(runs: _Runs) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _moments(runs: Runs) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Area in pixels, center x and y, eccentricity of each nucleus, from closed sums over its runs."""
     length = (runs.stop - runs.start).astype(np.float64)
     area_px = runs.total(length)
@@ -167,7 +116,7 @@ def _moments(runs: _Runs) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarra
     return area_px, center_x, center_y, eccentricity
 
 
-def _stains(image_rgb: np.ndarray, runs: _Runs) -> np.ndarray:
+def _stains(image_rgb: np.ndarray, runs: Runs) -> np.ndarray:
     """(n, 2) mean optical density of hematoxylin and eosin. The mean is taken first: unmixing is linear."""
     stains = STAINS[:2]
     rest = np.cross(*stains)
@@ -201,7 +150,7 @@ def _bare_edges() -> tuple[np.ndarray, np.ndarray]:
 _BARE_COUNT, _BARE_EDGES = _bare_edges()
 
 
-def _outlines(labels: np.ndarray, runs: _Runs) -> dict[int, np.ndarray]:
+def _outlines(labels: np.ndarray, runs: Runs) -> dict[int, np.ndarray]:
     """Border pixels of one nucleus after another, then their bare edges of all nuclei at once."""
     borders = _borders(labels, runs)
     if not borders:
@@ -226,7 +175,7 @@ def _outlines(labels: np.ndarray, runs: _Runs) -> dict[int, np.ndarray]:
     return dict(zip(runs.ids.tolist(), np.split(middles, cuts), strict=True))
 
 
-def _borders(labels: np.ndarray, runs: _Runs) -> list[np.ndarray]:
+def _borders(labels: np.ndarray, runs: Runs) -> list[np.ndarray]:
     """Of each nucleus the border pixels of its largest fragment, (N, 2) int32 of x, y, in order around it."""
     top, left = np.full((2, len(runs.ids)), np.iinfo(np.int64).max)
     bottom, right = np.zeros((2, len(runs.ids)), np.int64)

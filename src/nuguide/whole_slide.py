@@ -386,13 +386,15 @@ def nuclei_of(
     size = labels.shape[0] * layout.fine, labels.shape[1] * layout.fine
     # neighbors that others own are enlarged too, for they bound ours, and only then left out
     fine = enlarge(labels, nucleus, size, separation.nucleus)
-    number = np.zeros(labels.max() + 1, np.int32)
+    place = np.flatnonzero(fine)
+    found = fine.ravel()[place]
+    present = np.zeros(labels.max() + 1, bool)      # one that is small may have no pixel at that size
+    present[found] = True
+    number = np.zeros(len(present), np.int32)
     number[ids[own]] = 1
-    present = np.zeros(len(number), bool)       # one that is small may have no pixel at that size
-    present[fine] = True
-    number *= present
-    number = np.cumsum(number, dtype=np.int32) * number
-    fine = number[fine]
+    number = np.cumsum(number * present, dtype=np.int32) * (number * present)
+    fine = np.zeros(size, np.int32)
+    fine.ravel()[place] = number[found]
     rings = outlines(fine)
     enlarged_rgb = cv2.resize(image_rgb, size[::-1], interpolation=cv2.INTER_NEAREST)
     table = measure(fine, enlarged_rgb, layout.fine_mpp, resize_map(nucleus, size), rings)

@@ -396,8 +396,7 @@ def started(
         UserError: that model is of another kind, or was trained on a group that is to be validated on.
     """
     known, _, before = checkpoint.load(start, guide)
-    kind = ("network", "network_options", "fusion", "fusion_options", "levels", "guide", "guide_weights", "guide_scale",
-            "mpp")
+    kind = ("network", "network_options", "fusion", "fusion_options", "levels", "guide", "guide_weights", "guide_scale")
     if other := [name for name in kind if getattr(before, name) != getattr(spec, name)]:
         told = ", ".join(f"{name} is {getattr(before, name)!r} there, {getattr(spec, name)!r} here" for name in other)
         raise UserError(f"{start}: no start for this training: {told}; train with the same")

@@ -56,8 +56,9 @@ def segment(
     Of an image: OUT/NAME.labels.tif (instance label map), NAME.geojson (QuPath detections), NAME.csv (one row a
     nucleus), NAME.overlay.png (outlines on the image). Of a slide: NAME.parquet (one row a nucleus), NAME.geojson,
     NAME.heatmap.png (nuclei per mm2), NAME.tissue.png (what was searched) and NAME.summary.json. OUT/summary.csv has a
-    row for each, with warnings of what looks wrong (blur, pen marks, folds, magnification). What is finished already is skipped, and an unfinished slide goes on where it was, so a run that was
-    cut can be started again. A bad file is reported and the rest goes on (exit code 1).
+    row for each, with warnings of what looks wrong: blur, pen marks, folds, magnification. What is finished already
+    is skipped, and an unfinished slide goes on where it was, so a run that was cut can be started again. A bad file
+    is reported and the rest goes on (exit code 1).
 
     Args:
         inputs: Image files (PNG, JPEG, TIFF, BMP; 8-bit RGB), slides (SVS, NDPI, MRXS, SCN, BIF, VMS, DICOM, OME-TIFF,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import cv2
 import numpy as np
 import pandas as pd
@@ -13,11 +15,16 @@ from nuguide.quality import WINDOW_PX, focus, inspect, inspect_slide, likely_mpp
 GLASS = (243, 242, 244)
 
 
+@functools.cache
+def drawn() -> np.ndarray:
+    """Drawn once, for it takes half a second."""
+    return draw_tissue(size=(256, 256))[0]
+
+
 def tissue_at(mpp: float = 0.5) -> np.ndarray:
     """256 x 256 px, 128 um a side: nuclei of 7 to 10 um on stroma that varies."""
     side = round(256 * 0.5 / mpp)
-    image, _ = draw_tissue(size=(256, 256))
-    return cv2.resize(image, (side, side), interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(drawn(), (side, side), interpolation=cv2.INTER_CUBIC).copy()
 
 
 def nuclei(area_um2: float, count: int = 30) -> pd.DataFrame:
@@ -44,11 +51,11 @@ def banded(image: np.ndarray, light: tuple[float, float, float], width: int = 70
 
 
 def folded(image: np.ndarray, width: int = 60) -> np.ndarray:
-    """A vertical band in which the picture lies on its mirror image: densities add."""
+    """A vertical band in which the picture lies on two of its mirror images, as a pleat does: densities add."""
     image = image.copy()
     band = slice((image.shape[1] - width) // 2, (image.shape[1] + width) // 2)
-    twice = image[:, band] / 255.0 * image[::-1, band]
-    image[:, band] = twice.astype(np.uint8)
+    layers = image[:, band] / 255.0 * image[::-1, band] / 255.0 * image[:, band][:, ::-1]
+    image[:, band] = layers.astype(np.uint8)
     return image
 
 
@@ -90,7 +97,7 @@ def test_half_a_picture_in_focus_is_told_by_its_share() -> None:
 def test_pens_over_tissue_are_told(light: tuple[float, float, float]) -> None:
     quality = inspect(banded(tissue_at(), light), 0.5)
     assert "pen" in quality.findings
-    assert quality.ink_share >= 70 / 256 * 0.9
+    assert 0.6 < quality.ink_share / (70 / 256) < 2.7                        # soft borders, or margins
     assert quality.findings["pen"].endswith("leave out what was found under them")
 
 
@@ -110,7 +117,7 @@ def test_empty_glass_is_told_and_nothing_else_of_it(image: np.ndarray) -> None:
 
 def test_dark_and_bright_pictures_are_told() -> None:
     assert list(inspect((tissue_at() * 0.35).astype(np.uint8), 0.5).findings) == ["dark"]
-    bright = np.clip(tissue_at() * 3.5, 0, 255).astype(np.uint8)
+    bright = (255 - 0.25 * (255 - tissue_at().astype(float))).astype(np.uint8)       # a veil of light on all
     assert "bright" in inspect(bright, 0.5).findings
 
 

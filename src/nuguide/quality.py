@@ -1,7 +1,7 @@
 """What may be wrong with a picture or a slide: focus, pen marks, glass, folds, exposure, magnification.
 
-Every limit was chosen on training images, so that less than 1% of the sound ones are beyond it; `benchmarks/quality.py`
-measures on others how many defects are found, and how many sound images are reported.
+Every limit was chosen on training images, so that about 1% of the sound ones at most are beyond it; how many defects
+are found in others, and how many sound images are reported, `benchmarks/quality.py` measures.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ SOURCE = Path(nuguide.__file__).parent
 LAYERS = {
     "types": 0,
     "augment": 1, "datasets": 1, "download": 1, "export": 1, "fusion": 1, "guides": 1, "images": 1, "instances": 1,
-    "losses": 1, "machine": 1, "measure": 1, "metrics": 1, "networks": 1, "normalize": 1, "resample": 1, "runs": 1,
-    "stain": 1, "streams": 1, "tiling": 1,
+    "losses": 1, "machine": 1, "measure": 1, "metrics": 1, "networks": 1, "normalize": 1, "quality": 1, "resample": 1,
+    "runs": 1, "stain": 1, "streams": 1, "tiling": 1, "tissue": 1,
     "batches": 2, "checkpoint": 2, "latents": 2, "nuclei": 2, "recipe": 2, "slides": 2,
     "calibrate": 3, "cluster": 3, "deploy": 3, "evaluate": 3, "fanout": 3, "predict": 3, "slide_run": 3, "train": 3,
     "whole_slide": 3,
@@ -30,6 +30,8 @@ BESIDE = {
     "augment": {"stain"},            # varies the amount of each
     "measure": {"runs", "stain"},    # sums over them; unmixes them
     "normalize": {"stain"},          # starts from them
+    "quality": {"resample", "stain", "tissue"},  # looks at tissue, its stains, at the network's resolution
+    "tissue": {"instances"},         # fills its holes as those of nuclei
     "fusion": {"networks"},          # fuses their deepest features, with their pooling
     "datasets": {"download", "images", "export"},  # gets and reads them, and the polygons that QuPath exports
     "guides": {"download"},          # gets their weights

@@ -19,7 +19,7 @@ from nuguide.nuclei import Nuclei
 from nuguide.types import UserError
 
 ALL = list(ENDINGS)
-COLUMNS = "name,nuclei,nuclei_per_mm2,mean_area_um2,mean_probability,seconds,mpp,source,model"
+COLUMNS = "name,nuclei,nuclei_per_mm2,mean_area_um2,mean_probability,seconds,mpp,source,model,warnings"
 
 
 class Segment:
@@ -374,7 +374,7 @@ def test_an_out_that_is_a_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "a,b\n1,2\n", COLUMNS + "\nx,two,0,0,0,0,0.25,/x.png,m\n", COLUMNS + "\nx\n", "\xff\xfe\x00", '"']
+    "content", ["", "a,b\n1,2\n", COLUMNS + "\nx,two,0,0,0,0,0.25,/x.png,m,\n", COLUMNS + "\nx\n", "\xff\xfe\x00", '"']
 )
 def test_a_summary_that_is_not_ours_is_left_alone(tmp_path, content):
     summary = tmp_path / "out" / "summary.csv"

@@ -11,10 +11,15 @@ import pytest
 from drawn_slides import drawn_store, part_of
 from nuguide.slides.layout import Layout
 from nuguide.slides.parts import PartStore
-from nuguide.slides.summary import laplacian_variance, summarize
+from nuguide.slides.summary import summarize
 from nuguide.slides.writers import About
 
 ABOUT = About("slide", "small")
+
+
+def seen(thumbnail_rgb: np.ndarray) -> About:
+    """The same with a picture of the slide."""
+    return About("slide", "small", thumbnail_rgb=thumbnail_rgb)
 
 
 def squares(folder: Path, sides: list[int], mpp: float = 0.5) -> PartStore:
@@ -45,26 +50,32 @@ def test_every_part_is_counted_once(tmp_path):
     assert summarize(store, ABOUT, 0.01)["nuclei"] == labels.max()
 
 
-@pytest.mark.parametrize(("side", "warns"), [(7, True), (8, False), (21, False), (22, True)])
-def test_nuclei_of_an_odd_size_say_that_magnification_may_be_wrong(tmp_path, side, warns):
-    found = summarize(squares(tmp_path, [side]), ABOUT, 0.2)["warnings"]     # 15 to 120 um2 are 60 to 480 px
-    assert any("magnification may be wrong (0.5 microns per pixel)" in text for text in found) == warns
+@pytest.mark.parametrize(("side", "warns"), [(7, True), (8, False), (24, False), (25, True)])
+def test_nuclei_of_an_odd_size_say_that_magnification_may_be_wrong(tmp_path, tissue, side, warns):
+    """Ten squares: 14.5 to 150 um2 are 58 to 600 px."""
+    warnings = summarize(squares(tmp_path, [side] * 10), seen(tissue.image_rgb), 0.2)["warnings"]
+    remedy = f"give --mpp {'0.25' if side > 20 else '1'}"
+    assert any("for 0.5 microns per pixel" in text and text.endswith(remedy) for text in warnings) == warns
 
 
 def test_a_slide_without_tissue_has_a_row_too(tmp_path):
-    row = summarize(PartStore(tmp_path, Layout((1000, 1000), 0.5, (1000, 1000), 0.5, 1, 576, 128)), ABOUT, 0.0)
+    store = PartStore(tmp_path, Layout((1000, 1000), 0.5, (1000, 1000), 0.5, 1, 576, 128))
+    row = summarize(store, ABOUT, 0.0)
     assert row["nuclei"] == 0
-    assert row["nuclei_per_mm2"] is row["area_um2_mean"] is row["area_um2_median"] is row["sharpness"] is None
-    assert row["warnings"] == [
-        "tissue is 0.00% of the slide: faint tissue may have been missed", "no nuclei were found"
-    ]
+    assert row["nuclei_per_mm2"] is row["area_um2_mean"] is row["area_um2_median"] is row["quality"] is None
+    assert row["warnings"] == []
+    row = summarize(store, seen(np.full((63, 63, 3), 243, np.uint8)), 0.0)
+    assert [text.split(":")[0] for text in row["warnings"]] == ["tissue is 0.00% of it", "no nuclei were found"]
 
 
-def test_a_blurred_picture_is_less_sharp(tmp_path, tissue):
+def test_focus_is_that_of_the_windows(tmp_path, tissue):
     blurred = cv2.GaussianBlur(tissue.image_rgb, (0, 0), 3)
-    sharp = laplacian_variance(tissue.image_rgb)
-    assert laplacian_variance(blurred) < sharp / 10
-    assert laplacian_variance(np.full((9, 9, 3), 77, np.uint8)) == 0
-    store = squares(tmp_path, [10])
-    assert summarize(store, About("a", "b", thumbnail_rgb=tissue.image_rgb), 0.2)["sharpness"] == sharp
-    assert summarize(store, About("a", "b", thumbnail_rgb=blurred), 0.2, sharpness=sharp)["sharpness"] == sharp
+    store, about = squares(tmp_path, [10] * 10), seen(tissue.image_rgb)
+    sharp, soft, unseen = (
+        summarize(store, about, 0.2, windows=windows) for windows in ([tissue.image_rgb], [blurred], [])
+    )
+    assert (sharp["quality"]["blurred_share"], soft["quality"]["blurred_share"]) == (0, 1)
+    assert unseen["quality"]["focus"] is None
+    assert [any("out of focus" in text for text in row["warnings"]) for row in (sharp, soft, unseen)] == [
+        False, True, False
+    ]

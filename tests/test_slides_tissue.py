@@ -11,7 +11,8 @@ import pytest
 from drawn_slide import INKS_RGB, write_slide
 from nuguide.images import read_image
 from nuguide.slides.reader import open_slide
-from nuguide.slides.tissue import Tissue, find_ink, find_tissue, picture, slide_tissue
+from nuguide.slides.tissue import Tissue, picture, slide_tissue
+from nuguide.tissue import find_ink, find_tissue
 
 MPP = 8.0
 GLASS, EOSIN = (243, 242, 244), (228, 170, 200)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16", "int8"]
+MOST_WARNED = 5                                       # files whose warnings are shown after a run
 
 
 def segment(
@@ -55,8 +56,9 @@ def segment(
     Of an image: OUT/NAME.labels.tif (instance label map), NAME.geojson (QuPath detections), NAME.csv (one row a
     nucleus), NAME.overlay.png (outlines on the image). Of a slide: NAME.parquet (one row a nucleus), NAME.geojson,
     NAME.heatmap.png (nuclei per mm2), NAME.tissue.png (what was searched) and NAME.summary.json. OUT/summary.csv has a
-    row for each. What is finished already is skipped, and an unfinished slide goes on where it was, so a run that was
-    cut can be started again. A bad file is reported and the rest goes on (exit code 1).
+    row for each, with warnings of what looks wrong: blur, pen marks, folds, magnification. What is finished already
+    is skipped, and an unfinished slide goes on where it was, so a run that was cut can be started again. A bad file
+    is reported and the rest goes on (exit code 1).
 
     Args:
         inputs: Image files (PNG, JPEG, TIFF, BMP; 8-bit RGB), slides (SVS, NDPI, MRXS, SCN, BIF, VMS, DICOM, OME-TIFF,
@@ -113,6 +115,11 @@ def report(outcome: Outcome, out: Path) -> int:
         + (f" ({outcome.skipped} finished before)" if outcome.skipped else "")
         + (f"; results in {out}, one row an image in {out / SUMMARY}" if outcome.rows else "")
     )
+    odd = [row for row in outcome.rows if row.warnings]
+    for row in odd[:MOST_WARNED]:
+        print(f"look at {row.name}: {row.warnings}", file=sys.stderr)
+    if len(odd) > MOST_WARNED:
+        print(f"and {len(odd) - MOST_WARNED} more with warnings in {out / SUMMARY}", file=sys.stderr)
     for failure in outcome.failed:
         print(f"failed: {failure}", file=sys.stderr)
     if not outcome.failed:

@@ -20,6 +20,7 @@ import pandas as pd
 
 from . import export
 from .images import Image, list_images, read_image
+from .quality import inspect
 from .types import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ SUMMARY = "summary.csv"
 
 @dataclass(frozen=True)
 class Row:
-    """One image in the summary; its result files are called `name` and an ending. Seconds: from reading to writing."""
+    """One image in the summary; its result files are called `name` and an ending.
+
+    Seconds: from reading to writing. Warnings: what `quality` found wrong, sentences joined by "; ".
+    """
 
     name: str
     nuclei: int
@@ -42,6 +46,7 @@ class Row:
     mpp: float
     source: str
     model: str
+    warnings: str
 
 
 @dataclass
@@ -141,6 +146,7 @@ class ImageJob(Job):
             )
         nuclei = self.segment(image.image_rgb, used_mpp, watch.tiles)
         write_results(nuclei, image, stem, self.formats)
+        quality = inspect(image.image_rgb, used_mpp, nuclei.table)
         count, mm2 = len(nuclei), image.image_rgb.shape[0] * image.image_rgb.shape[1] * used_mpp**2 / 1e6
         row = Row(
             name=stem.name,
@@ -152,6 +158,7 @@ class ImageJob(Job):
             mpp=used_mpp,
             source=str(file.resolve()),
             model=self.model,
+            warnings=joined(quality.warnings),
         )
         return row, f"{file.name}: {count} nuclei in {row.seconds:.1f} s" + "".join(f"; {note}" for note in notes)
 
@@ -264,6 +271,11 @@ def write_results(nuclei: Nuclei, image: Image, stem: Path, formats: Sequence[st
     with ThreadPoolExecutor(max(len(formats), 1)) as pool:
         for writing in [pool.submit(writers[name], with_ending(stem, ENDINGS[name])) for name in formats]:
             writing.result()
+
+
+def joined(warnings: Sequence[str]) -> str:
+    """Warnings as one cell of the summary."""
+    return "; ".join(warnings)
 
 
 def with_ending(stem: Path, ending: str) -> Path:

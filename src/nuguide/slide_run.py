@@ -18,8 +18,9 @@ import torch
 
 from . import __version__, export
 from .checkpoint import CONFIG, MODELS, WEIGHTS, model_folder
-from .fanout import Job, Row, Watch, with_ending
+from .fanout import Job, Row, Watch, joined, with_ending
 from .predict import Predictor, load
+from .quality import FINE_MPP, WINDOW_PX, WINDOWS
 from .slides.grid import Grid
 from .slides.layout import Layout, Region
 from .slides.parts import SUFFIX, PartStore
@@ -302,6 +303,7 @@ class SlideJob(Job):
 
             step(0)
             stages = self.engine.compute(task, opened, todo, step)
+            windows = windows_of(opened)
         if missing := [region.name for region in work.wanted if not store.has(region)]:
             raise UserError(
                 f"{task.parts}: {len(missing)} parts are not there though workers wrote them ({missing[0]}); "
@@ -315,7 +317,7 @@ class SlideJob(Job):
             writer = WRITERS[name]
             writer.write(store, with_ending(stem, writer.ending), about)
         stages.add("write", begun)
-        facts = summarize(store, about, opened.searched_mm2, time.perf_counter() - start)
+        facts = summarize(store, about, opened.searched_mm2, time.perf_counter() - start, windows)
         facts |= {"source": str(task.path), "resolution": opened.grid.describe(), "notes": list(opened.slide.notes)}
         facts["searched"] = self.options.searched()
         bad = [box for region in work.wanted for box in store.read(region, labels=False).facts.get("bad", [])]
@@ -336,14 +338,33 @@ class SlideJob(Job):
             mpp=opened.layout.mpp,
             source=str(task.path),
             model=self.model,
+            warnings=joined(facts["warnings"]),
         )
+
+
+def windows_of(opened: OpenedSlide) -> list[np.ndarray]:
+    """Windows (h, w, 3) uint8 of a slide's tissue at `FINE_MPP`, or its own resolution where it has no more.
+
+    What cannot be read is left out: it has been told of where nuclei were looked for.
+    """
+    mpp = opened.layout.mpp
+    grid = Grid(opened.slide, mpp, max(mpp, FINE_MPP))
+    mask = np.ones((16, 16), bool) if opened.tissue is None else opened.tissue.mask
+    cells = np.argwhere(mask)
+    some = cells[((np.arange(WINDOWS) + 0.5) * len(cells) / WINDOWS).astype(int)] if len(cells) else cells
+    windows = []
+    for middle in np.unique((some + 0.5) / mask.shape * grid.shape, axis=0):
+        top, left = (max(0, int(at) - WINDOW_PX // 2) for at in middle)
+        with contextlib.suppress(UserError):
+            windows.append(grid.read(top, left, *np.minimum((top + WINDOW_PX, left + WINDOW_PX), grid.shape).tolist()))
+    return windows
 
 
 def told(file: Path, facts: dict[str, Any], opened: OpenedSlide, again: str) -> str:
     """The line about a finished slide for people."""
     line = f"{file.name}: {facts['nuclei']} nuclei in {facts['tissue_mm2']:.2f} mm2, {facts['seconds']:.1f} s"
     line += f"; {opened.layout.mpp:.4g} microns per pixel, {opened.grid.describe()}{again}"
-    for note in [*opened.slide.notes, *facts["warnings"]]:
+    for note in opened.slide.notes:
         line += f"; {note}"
     if facts["not_read"]:
         line += f"; {len(facts['not_read'])} places could not be read and were left out"

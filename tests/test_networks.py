@@ -181,6 +181,14 @@ def test_match_width_gives_a_glu_encoder_as_large_as_the_relu_one(width: int) ->
     assert matched.bottleneck_channels == {32: 23 * 16, 64: 45 * 16}[width]
 
 
+def test_fewer_merged_channels_take_parameters_off_where_they_go_in_and_out() -> None:
+    """Width 4, 8 channels instead of 20: 12 fewer out of four merges with their norms, into six skips and the head."""
+    full, slim = (build_network("unet3plus", 2, width=4, merged=merged) for merged in (None, 8))
+    assert count(full) - count(slim) == 4 * (9 * 20 * 12 + 2 * 12) + 6 * 9 * 12 * 4 + 9 * 12 * 2
+    image = torch.rand(1, 3, 37, 50) * 255
+    assert slim.eval()(image).shape == (1, 2, 37, 50)
+
+
 def test_unet_has_the_parameters_of_its_structure() -> None:
     w, levels = 3, [3, 6, 12, 24, 48]
     encoder = sum(unit(a, b) + unit(b, b) for a, b in zip([3, *levels[:-1]], levels, strict=True))

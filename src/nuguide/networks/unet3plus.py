@@ -26,6 +26,8 @@ class UNet3Plus(SegmentationNetwork):
         activation: of the encoder (`ACTIVATIONS`). decoder_activation: of the decoder.
         pool: between encoder levels, `max` or `maxblur`.
         dropout: probability of dropping a channel of the coarsest features before the decoder.
+        merged: channels of each decoder level; 5 `width`, as published, where not given. The convolutions that make
+            them are more than half of all multiplications, so fewer channels make a faster network.
         deep_supervision: in training mode, `decode` returns a list: the logits, then those of decoder levels 2..4 and
             of the bottom, each enlarged to full size.
     """
@@ -41,12 +43,13 @@ class UNet3Plus(SegmentationNetwork):
         pool: str = "max",
         dropout: float = 0.0,
         match_width: bool = False,
+        merged: int | None = None,
         deep_supervision: bool = False,
     ):
         super().__init__()
         base = round(width / 2**0.5) if match_width else width
         widths = [base * 2**level for level in range(5)]
-        joined = 5 * width
+        merged = 5 * width if merged is None else merged
         self.bottleneck_channels = widths[-1]
         self.encoder = Encoder(widths, activation, pool)
         self.dropout = nn.Dropout2d(dropout)
@@ -57,14 +60,14 @@ class UNet3Plus(SegmentationNetwork):
                 if source <= target:
                     row.append(ConvUnit(widths[source], width, decoder_activation))
                 else:
-                    channels = widths[4] if source == 4 else joined
+                    channels = widths[4] if source == 4 else merged
                     row.append(UpConvUnit(channels, width, 2 ** (source - target), decoder_activation))
             self.skips.append(row)
-        self.merges = nn.ModuleList(ConvUnit(joined, joined, decoder_activation) for _ in range(4))
-        self.head = nn.Conv2d(joined, classes, 3, padding=1)
+        self.merges = nn.ModuleList(ConvUnit(5 * width, merged, decoder_activation) for _ in range(4))
+        self.head = nn.Conv2d(merged, classes, 3, padding=1)
         self.side_heads = nn.ModuleList(
             nn.Conv2d(channels, classes, 3, padding=1)
-            for channels in ([joined] * 3 + [widths[4]] if deep_supervision else [])
+            for channels in ([merged] * 3 + [widths[4]] if deep_supervision else [])
         )
 
     def encode(self, image: Tensor) -> list[Tensor]:

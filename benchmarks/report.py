@@ -232,7 +232,8 @@ def confidence() -> str:
 def agreement() -> str:
     """How well three numbers tell matched nuclei from others, with --flips."""
     found = json.loads((RESULTS / "confidence.json").read_text())["sets"]
-    lines = ["| set, `--flips` | nuclei | agreement | probability, before | probability, after |", "|---|---|---|---|---|"]
+    head = ("set, `--flips`", "nuclei", "agreement", "probability, before", "probability, after")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, title in SETS.items():
         if row := found.get(f"{name} flips"):
             values = [row[key]["auroc"] for key in ("agreement", "before", "after")]

@@ -79,8 +79,9 @@ def segment(
         device: Where to compute.
         precision: Of the network; auto takes what is fastest on this machine.
         batch: Tiles computed at once; more is faster on a GPU and needs more memory.
-        flips: Average over the image and its three mirror images: a little more accurate, four times as slow. Tables and
-            QuPath detections of images (not of slides) then tell how far the four agree on each nucleus, from 0 to 1.
+        flips: Average over the image and its three mirror images: a little more accurate, four times as slow.
+            Tables and QuPath detections of images (not of slides) then tell how far the four agree on each nucleus,
+            from 0 to 1.
         overwrite: Do finished images again.
     """
     from .fanout import ENDINGS, parse_formats, segment_files

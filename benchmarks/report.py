@@ -229,9 +229,40 @@ def quality() -> str:
     return "\n".join([*lines, "", text])
 
 
+def confidence() -> str:
+    """Errors of the probability of a nucleus, before and after it was calibrated."""
+    found = json.loads((RESULTS / "confidence.json").read_text())["sets"]
+    lines = [
+        "| set | images | nuclei | matched | mean probability, before / after | ECE, before / after "
+        "| Brier score, before / after | AUROC, before / after |",
+        "|---" * 8 + "|",
+    ]
+    for name, title in SETS.items():
+        for suffix, said in (("", ""), (" flips", ", `--flips`")):
+            if row := found.get(name + suffix):
+                pairs = [
+                    f"{row['before'][key]:.3f} / {row['after'][key]:.3f}" for key in ("mean", "ece", "brier", "auroc")
+                ]
+                share = f"{100 * row['matched']:.0f}%"
+                lines.append(f"| {title}{said} | {row['images']} | {row['nuclei']:,} | {share} | {' | '.join(pairs)} |")
+    return "\n".join(lines)
+
+
+def agreement() -> str:
+    """How well three numbers tell matched nuclei from others, with --flips."""
+    found = json.loads((RESULTS / "confidence.json").read_text())["sets"]
+    head = ("set, `--flips`", "nuclei", "agreement", "probability, before", "probability, after")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, title in SETS.items():
+        if row := found.get(f"{name} flips"):
+            values = [row[key]["auroc"] for key in ("agreement", "before", "after")]
+            lines.append(f"| {title} | {row['nuclei']:,} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy, "guidance": guidance, "groups": groups, "screen": screen, "speed": speed, "seams": seams,
-    "training": training, "flips": flips, "precision": precision,
+    "training": training, "flips": flips, "precision": precision, "confidence": confidence, "agreement": agreement,
     "slide_growth": slide_growth, "slide_seams": slide_seams, "slide_beside": slide_beside,
     "quality": quality,
 }

@@ -130,6 +130,24 @@ def test_places_and_areas_are_those_of_the_slide_in_level_0_pixels_and_microns(t
     assert len(table) == pytest.approx(truth.max(), abs=3)
 
 
+@pytest.mark.parametrize("mpp", [0.5, 0.25])
+def test_calibrated_probabilities_are_those_of_the_slide_as_one_image(mpp, tmp_path):
+    trust = {"intercept": -9.0, "clarity": 20.0, "concavity": -1.0, "oddity": -0.75}
+    image = wide_tissue((300, 430), seed=12)
+    table, labels, work = segment(image, mpp, predictor(128, confidence=trust), tmp_path)
+    assert len(work.wanted) > 1
+    large = image.repeat(work.layout.fine, 0).repeat(work.layout.fine, 1)
+    whole = predictor(2048, confidence=trust).segment(large, mpp)
+    assert same_up_to_numbers(labels, whole.labels)
+    number = whole.labels[labels > 0]
+    same = dict(zip(labels[labels > 0].tolist(), number.tolist(), strict=True))
+    expected = whole.table.set_index("id")["probability"][[same[id] for id in table["id"]]]
+    np.testing.assert_allclose(table["probability"], expected, atol=2e-3)      # tiles are kept in fp16
+    assert expected.std() > 0.02
+    plain = segment(image, mpp, predictor(128), tmp_path / "plain")[0]["probability"]
+    assert np.abs(plain - table["probability"]).max() > 0.05
+
+
 def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(tmp_path):
     image = wide_tissue((700, 810), seed=7)
     model = predictor(128)

@@ -1,4 +1,5 @@
-"""After training: the ranges that 8-bit convolutions need, and the thresholds that separate nuclei best."""
+"""After training: the ranges that 8-bit convolutions need, the thresholds that separate nuclei best, and how far to
+trust what they find."""
 
 from __future__ import annotations
 
@@ -6,17 +7,21 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from . import checkpoint
 from .batches import Picture
+from .confidence import clarity, features, fit
 from .guides import FrozenGuide
-from .instances import Separation, separate
-from .metrics import aji, dice, panoptic_quality
+from .instances import Separation, enlarge, separate
+from .measure import measure
+from .metrics import aji, best_overlap, dice, panoptic_quality
 from .networks.int8 import InputRanges, Ranges
-from .predict import Predictor
+from .predict import DEFAULT_MPP, Predictor
+from .resample import resize_map
 
 # thresholds of nucleus and interior, and least areas in square microns, that are tried
 GRID = {"nucleus": (0.4, 0.5, 0.6, 0.7), "interior": (0.4, 0.5, 0.6), "min_area_um2": (8.0, 14.0)}
@@ -27,7 +32,7 @@ def calibrate(
 ) -> Path:
     """Note in a model's folder its activation ranges, measured on pictures it was trained on, and its `Separation`.
 
-    The separation is `best_separation` of the validation pictures.
+    The separation is `best_separation` of the validation pictures, and so is the `confidence` in what it finds fitted.
 
     Args:
         guide: the model's, for its weights may lie anywhere; it is changed in place.
@@ -37,7 +42,10 @@ def calibrate(
     predictor = Predictor(*checkpoint.load(folder, guide), device="cpu", precision="fp32")
     ranges = input_ranges(predictor, train[:: -(-len(train) // at_most)])
     separation = best_separation(predictor, val)
-    return checkpoint.save(folder, model, dataclasses.replace(spec, int8_ranges=ranges, separation=separation))
+    predictor.separation = Separation(**separation)
+    trust = confidence_of(val, [judged(predictor, drawn, predictor.probabilities(drawn.image_rgb)) for drawn in val])
+    spec = dataclasses.replace(spec, int8_ranges=ranges, separation=separation, confidence=trust)
+    return checkpoint.save(folder, model, spec)
 
 
 def input_ranges(predictor: Predictor, pictures: Sequence[Picture]) -> Ranges:
@@ -74,3 +82,32 @@ def quality(drawn: Picture, found: np.ndarray) -> float:
     return (
         dice(truth, found, ignore) + aji(truth, found, ignore) + panoptic_quality(truth, found, ignore).pq
     ) / 3
+
+
+class Judged(NamedTuple):
+    """The nuclei found in a picture: `confidence.features` (n, features), and whether an annotator drew them (n,)."""
+
+    features: np.ndarray
+    matched: np.ndarray
+
+
+def judged(predictor: Predictor, drawn: Picture, maps: np.ndarray) -> Judged:
+    """What is found in the maps (2, H, W) of a picture, measured as in a 40x scan; a match has an IoU above 0.5."""
+    labels = predictor.label(*maps)
+    times = max(1, round(predictor.spec.mpp / DEFAULT_MPP))
+    size = (times * labels.shape[0], times * labels.shape[1])
+    fine = enlarge(labels, maps[0], size, predictor.separation.nucleus)
+    image_rgb = drawn.image_rgb.repeat(times, 0).repeat(times, 1)
+    table = measure(fine, image_rgb, predictor.spec.mpp / times, resize_map(maps[0], size))
+    values = features(table, clarity(labels, maps[1])[table["id"].to_numpy() - 1])
+    scored, iou = best_overlap(drawn.labels, labels, drawn.ignore)
+    _, row, place = np.intersect1d(table["id"].to_numpy(), scored, return_indices=True)
+    return Judged(values[row], iou[place] > 0.5)
+
+
+def confidence_of(pictures: Sequence[Picture], found: Sequence[Judged]) -> dict[str, float]:
+    """The coefficients of `ModelSpec.confidence` from what was found in each picture; every data set counts alike."""
+    sets = np.repeat([drawn.group.partition("/")[0] for drawn in pictures], [len(one.matched) for one in found])
+    _, number, size = np.unique(sets, return_inverse=True, return_counts=True)
+    values, matched = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return fit(values, matched, 1 / size[number])

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from . import confidence
 from .fusion import LEVELS, Guided, build_fusion, level_gates
 from .guides import FrozenGuide, load_guide
 from .instances import CHANNELS
@@ -40,6 +41,8 @@ class ModelSpec:
         stain: of `normalize.StainNormalizer`, measured over the training images; empty where they stayed as they were.
         tile_px: side of the tiles it was trained on.
         separation: arguments of `instances.Separation`, chosen on validation images.
+        confidence: of `confidence.fit` on validation images; empty where it was not fitted, and the probability of a
+            nucleus is then the mean of its map.
         int8_ranges: of the inputs of its convolutions, for `networks.int8`; empty where they were not measured.
         origin: training data, licenses, recipe, scores, code version; facts for people, read by no code.
     """
@@ -59,6 +62,7 @@ class ModelSpec:
     stain: dict = field(default_factory=dict)
     tile_px: int = 256
     separation: dict[str, float] = field(default_factory=dict)
+    confidence: dict[str, float] = field(default_factory=dict)
     int8_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     origin: dict = field(default_factory=dict)
 
@@ -155,8 +159,9 @@ def read_spec(folder: Path) -> ModelSpec:
     """The spec in a model folder; raises UserError where it is no valid one."""
     try:
         spec = ModelSpec(**json.loads((folder / CONFIG).read_text()))
+        confidence.checked(spec.confidence)             # refused here, not at the first image
         if spec.stain:
-            StainNormalizer.from_dict(spec.stain)       # refused here, not at the first image
+            StainNormalizer.from_dict(spec.stain)
         return spec
     except (ValueError, TypeError, OSError) as error:
         raise UserError(f"{folder / CONFIG}: not a model description ({error}); train the model again") from error

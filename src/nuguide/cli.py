@@ -82,6 +82,8 @@ def segment(
         precision: Of the network; auto takes what is fastest on this machine.
         batch: Tiles computed at once; more is faster on a GPU and needs more memory.
         flips: Average over the image and its three mirror images: a little more accurate, four times as slow.
+            Tables and QuPath detections of images (not of slides) then tell how far the four agree on each nucleus,
+            from 0 to 1.
         overwrite: Do finished images again.
     """
     from .fanout import ENDINGS, parse_formats, segment_files

@@ -37,6 +37,7 @@ MEASUREMENTS = {
     "eosin_od": "Nucleus: Eosin OD mean",
     "probability": "Detection probability",
 }
+AGREEMENT_MEASUREMENT = {"agreement": "Agreement of mirror images"}  # of tables that have it
 
 # Below sqrt(2) / 4 = 0.354, the least distance from a pixel center to an outline: simplified, an outline still holds
 # the same pixels, and two parts of it never meet.
@@ -87,7 +88,7 @@ def write_geojson(path: Path, rings: dict[int, np.ndarray], table: pd.DataFrame,
     by at most `SIMPLIFY_PX`. All are multiples of 0.5, so nothing is lost by rounding, and `read_geojson` gives back
     every pixel of a nucleus that is in one piece and has no holes. The name is the id of the nucleus in table and label
     map; the UUID follows from `image_name` and id, so that a second run names the same nuclei alike. The measurements
-    are `MEASUREMENTS`.
+    are `MEASUREMENTS`, and `AGREEMENT_MEASUREMENT` where the table has it.
 
     Args:
         table: of `measure.measure`, its ids those of `rings` in the same order.
@@ -204,8 +205,9 @@ def features(
             is rounded to 0.01 px.
     """
     classification = json.dumps({"name": "Nucleus", "color": OUTLINE_RGB}, separators=(",", ":"))
-    names = [json.dumps(name, ensure_ascii=False) for name in MEASUREMENTS.values()]
-    values = table[list(MEASUREMENTS)].to_numpy(np.float64).round(_OTHER_DECIMALS)
+    columns = MEASUREMENTS | {key: name for key, name in AGREEMENT_MEASUREMENT.items() if key in table}
+    names = [json.dumps(name, ensure_ascii=False) for name in columns.values()]
+    values = table[list(columns)].to_numpy(np.float64).round(_OTHER_DECIMALS)
     if not np.isfinite(values).all():
         raise ValueError("the table holds values that are not finite: JSON has no way to write them")
     texts = _ring_texts(half_pixels(rings), scale_xy)

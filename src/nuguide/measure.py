@@ -27,6 +27,7 @@ COLUMNS = (
     "eosin_od",
     "probability",
 )
+AGREEMENT = "agreement"  # a further column, where mirror images were segmented too; see `confidence.agreement`
 
 _OPTICAL_DENSITY = -np.log10(np.maximum(np.arange(256), 1) / 255).astype(np.float32)
 
@@ -49,7 +50,7 @@ def measure(
     * hematoxylin_od, eosin_od: mean optical density, -log10(max(value, 1) / 255), unmixed with `STAINS`; the
       third color is what is left over, at right angles to both. Unmixing is linear and not clipped, so a mean can be
       slightly below 0.
-    * probability: mean over the nucleus.
+    * probability: mean over the nucleus, or what the caller knows better; see `confidence`.
 
     Args:
         labels: (H, W) of any integer type; 0 is background.

@@ -19,7 +19,8 @@ class Nuclei:
 
     Attributes:
         labels: (H, W) uint32 instance label map at the size of the image; 0 is background.
-        table: a data frame, one row a nucleus, with the columns of `measure.COLUMNS`.
+        table: a data frame, one row a nucleus, with the columns of `measure.COLUMNS`, and `measure.AGREEMENT`
+            where mirror images were segmented too.
         mpp: microns per pixel of the image.
     """
 

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .checkpoint import ModelSpec
+from .confidence import agreement, chance, clarity, features
 from .guides import load_guide
 from .instances import CHANNELS, Separation, enlarge, separate
 from .latents import RegionLatents
 from .machine import choose_arithmetic, choose_device, keep_freed_memory
+from .measure import AGREEMENT
 from .networks import fold_batch_norm
 from .networks.int8 import to_int8
 from .normalize import StainNormalizer
@@ -100,7 +102,7 @@ class Predictor:
             progress: called with (tiles done, tiles in all).
 
         Returns:
-            Nuclei at the size of the image.
+            Nuclei at the size of the image. With `flips` their table has the column `agreement`, too.
 
         Raises:
             UserError: the image is no 8-bit RGB image, or mpp is not between 0.05 and 5.
@@ -116,10 +118,20 @@ class Predictor:
             mpp = DEFAULT_MPP
         if not 0.05 <= mpp <= 5:
             raise UserError(f"microns per pixel must lie between 0.05 and 5, not {mpp}; a 40x scan has about 0.25")
-        nucleus, interior = self.probabilities(self.prepared(image_rgb, mpp), progress)
-        labels = self.label(nucleus, interior)
-        fine = enlarge(labels, nucleus, image_rgb.shape[:2], self.separation.nucleus)
-        return Nuclei.found(fine, image_rgb, resize_map(nucleus, fine.shape), mpp)  # pyright: ignore[reportArgumentType]
+        views: list[np.ndarray] = []
+        maps = self.probabilities(
+            self.prepared(image_rgb, mpp), progress, lambda of_view: views.append(self.label(*of_view))
+        )
+        labels = self.label(*maps)
+        fine = enlarge(labels, maps[0], image_rgb.shape[:2], self.separation.nucleus)
+        nuclei = Nuclei.found(fine, image_rgb, resize_map(maps[0], fine.shape), mpp)  # pyright: ignore[reportArgumentType]
+        index = nuclei.table["id"].to_numpy() - 1
+        if self.spec.confidence:
+            values = features(nuclei.table, clarity(labels, maps[1])[index])
+            nuclei.table["probability"] = chance(values, self.spec.confidence)
+        if views:
+            nuclei.table[AGREEMENT] = agreement(labels, views)[index]
+        return nuclei
 
     def prepared(self, image_rgb: np.ndarray, mpp: float) -> np.ndarray:
         """The image (H, W, 3) uint8 as the network wants it: at its resolution, exposure and stain."""
@@ -139,9 +151,16 @@ class Predictor:
         return lambda image_rgb: change(brightened(image_rgb, gain))
 
     def probabilities(
-        self, image_rgb: np.ndarray, progress: Callable[[int, int], None] | None = None
+        self,
+        image_rgb: np.ndarray,
+        progress: Callable[[int, int], None] | None = None,
+        each: Callable[[np.ndarray], None] | None = None,
     ) -> np.ndarray:
-        """Maps (2, H, W) float32 of `CHANNELS`, of an image (H, W, 3) uint8 at the network's resolution."""
+        """Maps (2, H, W) float32 of `CHANNELS`, of an image (H, W, 3) uint8 at the network's resolution.
+
+        Args:
+            each: called with the maps of the image and of every mirror image, turned back, where there are any.
+        """
         if not self.flips:
             return self._blended(image_rgb, progress)
         total = np.zeros((len(CHANNELS), *image_rgb.shape[:2]), np.float32)
@@ -151,8 +170,11 @@ class Predictor:
                 if progress is not None:
                     progress(before * tiles + done, len(MIRRORS) * tiles)
 
-            maps = self._blended(np.ascontiguousarray(np.flip(image_rgb, axes)), step)
-            total += np.flip(maps, tuple(axis + 1 for axis in axes))
+            mirrored_maps = self._blended(np.ascontiguousarray(np.flip(image_rgb, axes)), step)
+            maps = np.ascontiguousarray(np.flip(mirrored_maps, tuple(axis + 1 for axis in axes)))
+            if each is not None:
+                each(maps)
+            total += maps
         return total / len(MIRRORS)
 
     def _blended(self, image_rgb: np.ndarray, progress: Callable[[int, int], None] | None) -> np.ndarray:

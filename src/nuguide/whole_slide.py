@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 from torch import Tensor
 
+from .confidence import chance, clarity, features
 from .instances import CHANNELS, Separation, enlarge, separate
 from .measure import measure, outlines
 from .predict import (
@@ -358,7 +359,8 @@ class SlideRegions:
         """The nuclei that a region owns, measured."""
         box = shifted(region.window, window.top, window.left)
         image_rgb = window.image_rgb[box.window]
-        part = nuclei_of(maps, image_rgb, region.window, self.layout, self.predictor.separation, self.areas)
+        separation, confidence = self.predictor.separation, self.predictor.spec.confidence
+        part = nuclei_of(maps, image_rgb, region.window, self.layout, separation, self.areas, confidence)
         if not window.bad:
             return part
         bad = np.rint(np.array(window.bad) * np.tile(self.layout.grid_scale, 2)).astype(int).tolist()
@@ -366,12 +368,19 @@ class SlideRegions:
 
 
 def nuclei_of(
-    maps: np.ndarray, image_rgb: np.ndarray, box: Tile, layout: Layout, separation: Separation, areas: Sequence[Area]
+    maps: np.ndarray,
+    image_rgb: np.ndarray,
+    box: Tile,
+    layout: Layout,
+    separation: Separation,
+    areas: Sequence[Area],
+    confidence: Mapping[str, float],
 ) -> Part:
     """The nuclei in the maps of a region's window whose middle lies in its core and in all areas.
 
     Args:
         maps: (2, h, w) float32 and image_rgb: (h, w, 3) uint8, both of the window `box`, in grid pixels.
+        confidence: of `ModelSpec`.
     """
     nucleus, interior = maps
     labels = separate(nucleus, interior, layout.grid_mpp, separation)
@@ -392,12 +401,16 @@ def nuclei_of(
     present[found] = True
     number = np.zeros(len(present), np.int32)
     number[ids[own]] = 1
-    number = np.cumsum(number * present, dtype=np.int32) * (number * present)
+    number *= present
+    index = np.flatnonzero(number) - 1
+    number = np.cumsum(number, dtype=np.int32) * number
     fine = np.zeros(size, np.int32)
     fine.ravel()[place] = number[found]
     rings = outlines(fine)
     enlarged_rgb = cv2.resize(image_rgb, size[::-1], interpolation=cv2.INTER_NEAREST)
     table = measure(fine, enlarged_rgb, layout.fine_mpp, resize_map(nucleus, size), rings)
+    if confidence:
+        table["probability"] = chance(features(table, clarity(labels, interior)[index]), confidence)
     top, left = box.top * layout.fine, box.left * layout.fine
     fine_y, fine_x = layout.fine_scale
     for axis, start, scale in (("x", left, fine_x), ("y", top, fine_y)):

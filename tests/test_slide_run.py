@@ -379,7 +379,7 @@ def test_parts_of_another_run_are_not_mixed_in(slide, out, model, tmp_path, monk
     before = {path: path.stat().st_mtime_ns for path in parts.iterdir()}
     other = checkpoint.save(tmp_path / "other", ByColor(), ModelSpec("by_color", exposure=True))
     for changed, told in (
-        (["--model", other], "--model or --flips"),
+        (["--model", other], "--model or --flips, the model's config.json"),
         (["--mpp", 0.45], "--mpp"),
         (["--roi", "0,0,300,300"], "--roi or --tissue-mask"),
         (["--no-tissue-mask"], "--roi or --tissue-mask"),
@@ -390,6 +390,13 @@ def test_parts_of_another_run_are_not_mixed_in(slide, out, model, tmp_path, monk
             f"failed: {parts}: holds an unfinished run that differs in {told}; "
             "give the same options, choose another --out, or --overwrite it"
         )
+    config = model / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"separation": {}', '"separation": {"nucleus": 0.6}'))
+    assert config.read_text() != text
+    assert segment(slide, out, model, "--formats", "csv") == 2
+    assert "an unfinished run that differs in the model's config.json; " in said(capsys)
+    config.write_text(text)
     assert {path: path.stat().st_mtime_ns for path in parts.iterdir()} == before
     assert segment(slide, out, model, "--formats", "csv", "--no-tissue-mask", "--overwrite") == 0
     assert "regions were done before" not in capsys.readouterr().out

@@ -24,6 +24,7 @@ from .types import UserError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MODELS = Path(__file__).parent / "models"
+ALIASES = {"default": "small"}           # the model that commands use where none is named
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def exchange(folder: Path, new: Path, old: Path) -> None:
 
 def model_folder(name: str | Path) -> Path:
     """The folder of a model given by name (of those that come with the package) or by path."""
-    path = MODELS / str(name)
+    path = MODELS / ALIASES.get(str(name), str(name))
     if not (path / CONFIG).is_file():
         path = Path(name)
     if path.is_file() and path.name in {WEIGHTS, CONFIG}:

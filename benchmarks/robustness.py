@@ -25,6 +25,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 import nuguide
 from nuguide.checkpoint import WEIGHTS, model_folder
@@ -42,6 +43,7 @@ LINES, PICTURE = ROOT / "results" / "robustness.jsonl", ROOT / "docs" / "images"
 IMAGES, SEED = 24, 0
 METRICS = ("dice", "aji", "pq")
 CLASSICAL = "classical"
+MUCH = 0.05                                       # of Dice
 CLEAN = "none"                                    # the perturbation of images as they are
 TITLES = {"small": "small (guided)", "small-unguided": "small-unguided", CLASSICAL: "classical method"}
 
@@ -63,11 +65,6 @@ class Perturbation:
     levels: tuple[float, ...]
     change: Callable[[np.ndarray, float, float, np.random.Generator], np.ndarray] = lambda image, *_: image
     claim: Callable[[float], float] = lambda level: 1.0
-
-    @property
-    def all_levels(self) -> list[float]:
-        """The levels and the neutral one, in order."""
-        return sorted({*self.levels, self.neutral})
 
 
 def scaled_hematoxylin(image_rgb: np.ndarray, level: float, *_: Any) -> np.ndarray:
@@ -222,10 +219,28 @@ def curve(lines: Sequence[dict[str, Any]], model: str, kind: str, metric: str = 
     return dict(sorted(found.items()))
 
 
-def plot(lines: Sequence[dict[str, Any]], picture: Path) -> None:
-    """One panel a perturbation: mean Dice of each model against the level, with the 95% interval of the mean."""
-    from matplotlib.figure import Figure
+def unchanged(lines: Sequence[dict[str, Any]], model: str, metric: str = "dice") -> np.ndarray:
+    """Scores (images,) of a model on the images as they are."""
+    return next(
+        np.array(line[metric]) for line in lines if line["model"] == model and line["perturbation"] == CLEAN
+    )
 
+
+def change(
+    lines: Sequence[dict[str, Any]], model: str, kind: str, level: float, metric: str = "dice"
+) -> np.ndarray:
+    """Scores (images,) of a model at a level of a perturbation minus those on the images as they are."""
+    return curve(lines, model, kind, metric)[level] - unchanged(lines, model, metric)
+
+
+def strongest(kind: str, level: float) -> bool:
+    """Whether no level of a perturbation on the same side of the neutral one is further from it."""
+    how = PERTURBATIONS[kind]
+    return level == (min if level < how.neutral else max)(how.levels)
+
+
+def panels_of(lines: Sequence[dict[str, Any]]) -> Figure:
+    """One panel a perturbation: mean Dice of each model against the level, with the 95% interval of the mean."""
     figure = Figure(figsize=(9, 8), layout="constrained")
     panels = figure.subplots(3, 3, sharey=True)
     for axes, (kind, how) in zip(panels.flat, PERTURBATIONS.items(), strict=True):
@@ -244,8 +259,7 @@ def plot(lines: Sequence[dict[str, Any]], picture: Path) -> None:
     for axes in panels[:, 0]:
         axes.set_ylabel("Dice")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=100)
+    return figure
 
 
 def main() -> None:
@@ -263,7 +277,7 @@ def main() -> None:
     one.add_argument("picture", type=Path, nargs="?", default=PICTURE)
     options = parser.parse_args()
     if options.command == "plot":
-        plot(read_lines(options.lines), options.picture)
+        panels_of(read_lines(options.lines)).savefig(options.picture, dpi=100)
         return
     for line in run(options.models, options.data_root, options.split, options.out, options.precision):
         means = ", ".join(f"{metric} {np.mean(line[metric]):.3f}" for metric in METRICS)

@@ -16,7 +16,6 @@ import argparse
 import json
 import platform
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,12 +197,11 @@ def run(models: Sequence[str], root: Path, split: Path, out: Path, precision: st
         for kind, level in wanted:
             if (model, kind, level) in done:
                 continue
-            start = time.perf_counter()
             found = [score(sample.labels, segment(*perturbed(sample, index, kind, level)), sample.ignore)
                      for index, sample in enumerate(samples)]
             line = {"benchmark": "robustness", "model": model, "weights": weights, "perturbation": kind, "level": level,
                     **{metric: [round(float(getattr(one, metric)), 4) for one in found] for metric in METRICS},
-                    "seconds": round(time.perf_counter() - start, 1), **facts}
+                    **facts}
             with out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             yield line
@@ -281,7 +279,7 @@ def main() -> None:
         return
     for line in run(options.models, options.data_root, options.split, options.out, options.precision):
         means = ", ".join(f"{metric} {np.mean(line[metric]):.3f}" for metric in METRICS)
-        print(f"{line['model']}, {line['perturbation']} {line['level']}: {means} ({line['seconds']} s)", flush=True)
+        print(f"{line['model']}, {line['perturbation']} {line['level']}: {means}", flush=True)
 
 
 if __name__ == "__main__":

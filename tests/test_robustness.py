@@ -109,8 +109,7 @@ def test_a_run_that_was_cut_ends_as_an_unbroken_one(tmp_path: Path, tissue: Samp
     scored.clear()
     assert len(list(robustness.run(["a"], tmp_path, RESULTS / "split.json", files[1], "fp32"))) == 6
     assert len(scored) == 6
-    whole, resumed = ([{**line, "seconds": 0} for line in robustness.read_lines(file)] for file in files)
-    assert whole == resumed
+    assert robustness.read_lines(files[0]) == robustness.read_lines(files[1])
 
 
 def test_a_panel_shows_the_mean_of_each_model_at_every_level() -> None:
@@ -122,7 +121,7 @@ def test_a_panel_shows_the_mean_of_each_model_at_every_level() -> None:
     panels = robustness.panels_of(lines).axes
     assert [axes.get_title() for axes in panels] == [how.title for how in PERTURBATIONS.values()]
     blur = panels[list(PERTURBATIONS).index("blur")].lines[0]
-    assert blur.get_xydata().tolist() == [[0, 0.7], [0.25, 0.7], [0.5, 0.7], [1.0, 0.7], [1.5, 0.7]]
+    assert np.asarray(blur.get_xydata()).tolist() == [[0, 0.7], [0.25, 0.7], [0.5, 0.7], [1.0, 0.7], [1.5, 0.7]]
     assert [axes.get_xlim()[0] > axes.get_xlim()[1] for axes in panels].count(True) == 1     # quality falls
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import os
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -382,20 +382,20 @@ def validation_part(part: Dataset, split: Path) -> Dataset:
 def models(
     name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]")] = None,
     /,
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> int:
     """List the models that come with the package: what they are, were trained on, and how they score.
 
     Args:
         name: One of them: print its card, which also says where it fails.
-        as_json: Print what is known of them, or of the one named, as JSON.
+        json: Print what is known of them, or of the one named, as JSON.
     """
     from . import zoo
 
     listed = [zoo.find(one) for one in (zoo.names() if name is None else [name])]
-    if as_json:
+    if json:
         facts = [model.facts() for model in listed]
-        print(json.dumps(facts if name is None else facts[0], indent=1))
+        print(dumps(facts if name is None else facts[0], indent=1))
     else:
         print(zoo.listing(listed) if name is None else listed[0].card)
     return 0

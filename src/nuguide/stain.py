@@ -30,7 +30,9 @@ def exposed(image_rgb: np.ndarray) -> np.ndarray:
     return brightened(image_rgb, exposure_gain(image_rgb))
 
 
-def restained(image_rgb: np.ndarray, amounts: Sequence[float], base: Sequence[float] = (0.0, 0.0, 0.0)) -> np.ndarray:
+def restained(
+    image_rgb: np.ndarray, amounts: Sequence[float] | np.ndarray, base: Sequence[float] | np.ndarray = (0.0, 0.0, 0.0)
+) -> np.ndarray:
     """The image with the amount of each stain of `STAINS` times `amounts`, and `base` more of it everywhere.
 
     Optical density is -ln((I + 1) / 256); the change of stain amounts is one linear map of it, since

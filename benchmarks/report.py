@@ -249,7 +249,7 @@ def robust() -> str:
     others = [name for name in dict.fromkeys(line["model"] for line in lines) if name != "small"]
     columns = [("small", metric) for metric in zoo.METRICS] + [(name, "dice") for name in others]
     heads = [f"{name}: {zoo.METRICS[metric]}" for name, metric in columns]
-    rows = ["| changed | to | " + " | ".join(heads) + " |", "|---" * (2 + len(columns)) + "|"]
+    rows = ["| changed | level | " + " | ".join(heads) + " |", "|---" * (2 + len(columns)) + "|"]
     clean = [f"{robustness.unchanged(lines, name, metric).mean():.3f}" for name, metric in columns]
     rows.append("| nothing | | " + " | ".join(clean) + " |")
     for kind, how in robustness.PERTURBATIONS.items():
@@ -260,7 +260,7 @@ def robust() -> str:
                 low, high = interval(change)
                 cells.append(f"{change.mean():+.3f} ({low:+.3f} to {high:+.3f})" if name == "small" else
                              f"{change.mean():+.3f}")
-            rows.append(f"| {how.title} | {level:g} {how.unit} | " + " | ".join(cells) + " |")
+            rows.append(f"| {how.title}, {how.unit} | {level:g} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 

@@ -88,8 +88,10 @@ def compressed(image_rgb: np.ndarray, level: float, *_: Any) -> np.ndarray:
     if level >= 100:
         return image_rgb
     done, file = cv2.imencode(".jpg", image_rgb[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, int(level)])
+    read = cv2.imdecode(file, cv2.IMREAD_COLOR)
     assert done
-    return cv2.imdecode(file, cv2.IMREAD_COLOR)[..., ::-1]
+    assert read is not None
+    return read[..., ::-1]
 
 
 def blurred(image_rgb: np.ndarray, level: float, mpp: float, *_: Any) -> np.ndarray:

@@ -1,10 +1,11 @@
-"""Writes the tables of README.md, docs/ and the model card from the result files, between their markers.
+"""Writes the tables of README.md, docs/ and the model cards, and each model's scores.json, from the result files.
 
     python benchmarks/report.py            # rewrite
-    python benchmarks/report.py --check    # exit 1 where a table differs from its result files
+    python benchmarks/report.py --check    # exit 1 where a table or score differs from its result files
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is one of TABLES. Result files are what
-`nuguide evaluate --out` and the benchmarks print.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is one of TABLES, and of those that tell of one
+model, such as `accuracy`, a model's name may follow it. Result files are what `nuguide evaluate --out` and the
+benchmarks print.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+import robustness
+from nuguide import zoo
 from nuguide.evaluate import interval, paired, read_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
-PAGES = ("README.md", "docs/results.md", "docs/slides.md", "src/nuguide/models/default/README.md")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(zoo.MODELS.glob(f"*/{zoo.CARD}")))
+RESULTS_OF = {"small": "default", "small-unguided": "unguided"}      # result files not called as the model is
 SETS = {
     "nuinsseg": "NuInsSeg, organs held out",
     "tnbc": "TNBC, slides held out",
@@ -40,7 +44,8 @@ BESIDE = {
 
 
 def scores(model: str) -> pd.DataFrame:
-    """All image rows of a model's result files."""
+    """All image rows of the result files of a model, or of what stands beside the models."""
+    model = RESULTS_OF.get(model, model)
     return pd.concat([read_scores(file) for file in sorted(RESULTS.glob(f"{model}.*.json"))], ignore_index=True)
 
 
@@ -55,9 +60,9 @@ def with_interval(values: np.ndarray) -> str:
     return f"{values.mean():.3f} ({low:.3f}-{high:.3f})"
 
 
-def accuracy() -> str:
-    """The default model on every set."""
-    table = scores("default")
+def accuracy(model: str = "small") -> str:
+    """A model on every set."""
+    table = scores(model)
     lines = ["| set | images | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 2) + "|"]
     for name, title in SETS.items():
         rows = of_set(table, name)
@@ -72,12 +77,12 @@ def accuracy() -> str:
 
 def guidance() -> str:
     """Guided minus unguided, image by image."""
-    return difference("default", "unguided")
+    return difference("small", "small-unguided")
 
 
 def flips() -> str:
     """The default model with --flips minus without, image by image."""
-    return difference("flips", "default")
+    return difference("flips", "small")
 
 
 def difference(one: str, other: str) -> str:
@@ -95,10 +100,12 @@ def difference(one: str, other: str) -> str:
     return "\n".join(lines)
 
 
-def groups() -> str:
-    """The default model on each held-out organ and slide, and the Dice of what stands beside it."""
-    table, beside = scores("default"), {"unguided": scores("unguided"), "classical": scores("classical")}
-    lines = ["| group | images | Dice | AJI | PQ | Dice, unguided | Dice, classical |", "|---" * 7 + "|"]
+def groups(model: str = "small") -> str:
+    """A model on each held-out organ and slide, and the Dice of the other models and of the classical method."""
+    table = scores(model)
+    beside = {name: scores(name) for name in [*zoo.names(), "classical"] if name != model}
+    lines = ["| group | images | Dice | AJI | PQ | " + " | ".join(f"Dice, {name}" for name in beside) + " |",
+             "|---" * (5 + len(beside)) + "|"]
     table = table[table["dataset"].isin(["nuinsseg", "tnbc"])]
     for (dataset, group), rows in table.groupby(["dataset", "group"]):  # pyright: ignore[reportGeneralTypeIssues]
         cells = [rows[metric].mean() for metric in ("dice", "aji", "pq")]
@@ -107,6 +114,32 @@ def groups() -> str:
             cells.append(same.take(np.flatnonzero(np.isin(same["id"], rows["id"].tolist())))["dice"].mean())
         lines.append(f"| {dataset}: {group} | {len(rows)} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def models() -> str:
+    """What comes with the package."""
+    lines = ["| model | weights | guide | " + " | ".join(f"Dice, {title}" for title in SETS.values()) + " |",
+             "|---" * (3 + len(SETS)) + "|"]
+    for model in map(zoo.find, zoo.names()):
+        table = scores(model.name)
+        cells = [f"{of_set(table, name)['dice'].mean():.3f}" for name in SETS]
+        name = f"`{model.name}`" + "".join(f" (`{alias}`)" for alias in model.aliases)
+        size = f"{model.parameters / 1e6:.1f} million, {model.bytes / 1e6:.1f} MB"
+        lines.append(f"| {name} | {size} | {model.guide or 'none'} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def model_scores(model: str) -> dict[str, Any]:
+    """What `nuguide models` shows of a model's scores: evaluation set -> mean, low and high of each metric."""
+    table, found = scores(model), {}
+    for name, title in SETS.items():
+        rows = of_set(table, name)
+        metrics = {metric: rows[metric].to_numpy() for metric in zoo.METRICS}
+        found[name] = {"title": title, "images": len(rows)} | {
+            metric: [round(float(value), 4) for value in (values.mean(), *interval(values))]
+            for metric, values in metrics.items()
+        }
+    return found
 
 
 def screen() -> str:
@@ -260,32 +293,76 @@ def agreement() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {
+def robust() -> str:
+    """What the strongest levels of each perturbation change: all metrics of the default model, Dice of the others."""
+    lines = robustness.read_lines(robustness.LINES)
+    others = [name for name in dict.fromkeys(line["model"] for line in lines) if name != "small"]
+    columns = [("small", metric) for metric in zoo.METRICS] + [(name, "dice") for name in others]
+    heads = [f"{name}: {zoo.METRICS[metric]}" for name, metric in columns]
+    rows = ["| changed | level | " + " | ".join(heads) + " |", "|---" * (2 + len(columns)) + "|"]
+    clean = [f"{robustness.unchanged(lines, name, metric).mean():.3f}" for name, metric in columns]
+    rows.append("| nothing | | " + " | ".join(clean) + " |")
+    for kind, how in robustness.PERTURBATIONS.items():
+        for level in (level for level in how.levels if robustness.strongest(kind, level)):
+            cells = []
+            for name, metric in columns:
+                change = robustness.change(lines, name, kind, level, metric)
+                low, high = interval(change)
+                cells.append(f"{change.mean():+.3f} ({low:+.3f} to {high:+.3f})" if name == "small" else
+                             f"{change.mean():+.3f}")
+            rows.append(f"| {how.title}, {how.unit} | {level:g} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def robust_limits() -> str:
+    """The levels at which each model's mean Dice is lower by more than 0.05."""
+    lines = robustness.read_lines(robustness.LINES)
+    names = list(dict.fromkeys(line["model"] for line in lines))
+    rows = ["| changed | levels | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
+    for kind, how in robustness.PERTURBATIONS.items():
+        cells = []
+        for name in names:
+            falls = [f"{level:g}" for level in how.levels if
+                     robustness.change(lines, name, kind, level).mean() < -robustness.MUCH]
+            cells.append(", ".join(falls) or "none")
+        levels = ", ".join(f"{level:g}" for level in how.levels)
+        rows.append(f"| {how.title}, {how.unit} | {levels} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+TABLES: dict[str, Callable[..., str]] = {
     "accuracy": accuracy, "guidance": guidance, "groups": groups, "screen": screen, "speed": speed, "seams": seams,
-    "training": training, "flips": flips, "precision": precision, "confidence": confidence, "agreement": agreement,
+    "training": training, "flips": flips, "precision": precision, "models": models,
+    "confidence": confidence, "agreement": agreement, "quality": quality,
     "slide_growth": slide_growth, "slide_seams": slide_seams, "slide_beside": slide_beside,
-    "quality": quality,
+    "robustness": robust, "robustness_limits": robust_limits,
 }
 
 
 def rewritten(page: str) -> str:
     """The page with every table made anew."""
     def table(match: re.Match[str]) -> str:
-        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+        name, *models = match[1].split()
+        return f"<!-- table {match[1]} -->\n{TABLES[name](*models)}\n<!-- end -->"
 
-    return re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
+    return re.sub(r"<!-- table ([\w -]+?) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
+
+
+def wanted() -> dict[Path, str]:
+    """Every file that is made here, wholly or in part, and its text."""
+    pages = {page: rewritten(page.read_text()) for page in PAGES}
+    shipped = {zoo.MODELS / name / zoo.SCORES: json.dumps(model_scores(name), indent=1) + "\n" for name in zoo.names()}
+    return pages | shipped
 
 
 def main() -> int:
-    """Rewrite or check the pages."""
+    """Rewrite or check the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     stale = []
-    for path in (ROOT / name for name in PAGES):
-        old = path.read_text()
-        new = rewritten(old)
-        if new != old:
+    for path, new in wanted().items():
+        if not path.is_file() or path.read_text() != new:
             stale.append(str(path.relative_to(ROOT)))
             if not check:
                 path.write_text(new)

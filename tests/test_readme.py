@@ -15,7 +15,9 @@ from nuguide import cli
 from nuguide.experiments import cli as experiments
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "src/nuguide/models/default/README.md"]
+PAGES = [
+    ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("src/nuguide/models/*/README.md"))
+]
 
 
 def commands(text: str) -> list[str]:
@@ -26,7 +28,7 @@ def commands(text: str) -> list[str]:
     return sorted({found[1].strip() for line in lines if (found := starts.match(line))})
 
 
-SHOWN = commands("\n".join(page.read_text() for page in PAGES if page.is_file()))
+SHOWN = commands("\n".join(page.read_text() for page in PAGES))
 
 
 def parse(command: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[str]]:
@@ -87,7 +89,7 @@ def test_a_wrong_option_on_a_page_would_be_found(command: str, monkeypatch: pyte
     assert parse(command, monkeypatch) == (2, [])
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.is_file()], ids=lambda page: page.parent.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: "/".join(page.parts[-2:]))
 def test_every_file_that_a_page_links_to_is_there(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []

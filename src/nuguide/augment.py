@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from .stain import DENSITY, STAINS
+from .stain import restained
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,6 @@ def recolor(image_rgb: np.ndarray, rng: np.random.Generator, how: Augmentation) 
 
 
 def jitter_stain(image_rgb: np.ndarray, rng: np.random.Generator, spread: float, shift: float) -> np.ndarray:
-    """The image with each stain's amount scaled by 1 +- `spread` and shifted by +- `shift` (Tellez 2018).
-
-    Optical density is -ln((I + 1) / 256); the change of stain amounts is one linear map of it, since
-    OD = amounts @ STAINS.
-    """
+    """The image with each stain's amount scaled by 1 +- `spread` and shifted by +- `shift` (Tellez 2018)."""
     scale = rng.uniform(1 - spread, 1 + spread, 3)
-    base = rng.uniform(-shift, shift, 3)
-    matrix = np.linalg.inv(STAINS) @ np.diag(scale) @ STAINS
-    density = cv2.transform(DENSITY[image_rgb], np.column_stack([matrix.T, base @ STAINS]).astype(np.float32))
-    return np.clip(np.rint(256 * np.exp(-density) - 1), 0, 255).astype(np.uint8)
+    return restained(image_rgb, scale, rng.uniform(-shift, shift, 3))

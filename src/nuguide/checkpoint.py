@@ -22,9 +22,7 @@ from .instances import CHANNELS
 from .networks import build_network
 from .normalize import StainNormalizer
 from .types import UserError
-
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-MODELS = Path(__file__).parent / "models"
+from .zoo import ALIASES, CONFIG, MODELS, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,7 @@ def exchange(folder: Path, new: Path, old: Path) -> None:
 
 def model_folder(name: str | Path) -> Path:
     """The folder of a model given by name (of those that come with the package) or by path."""
-    path = MODELS / str(name)
+    path = MODELS / ALIASES.get(str(name), str(name))
     if not (path / CONFIG).is_file():
         path = Path(name)
     if path.is_file() and path.name in {WEIGHTS, CONFIG}:
@@ -147,8 +145,8 @@ def model_folder(name: str | Path) -> Path:
             "loaded, since loading one can run its code)"
         )
     if not path.is_dir():
-        names = "".join(f"{config.parent.name}, or " for config in sorted(MODELS.glob(f"*/{CONFIG}")))
-        raise UserError(f"{name}: no such model; give {names}a folder with {WEIGHTS} and {CONFIG}")
+        names = "".join(f"{config.parent.name}, " for config in sorted(MODELS.glob(f"*/{CONFIG}")))
+        raise UserError(f"{name}: no such model; give {names and names + 'or '}a folder with {WEIGHTS} and {CONFIG}")
     for file in (WEIGHTS, CONFIG):
         if not (path / file).is_file():
             raise UserError(f"{path}: not a nuguide model, {file} is missing; give a folder that nuguide train wrote")

@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -387,7 +388,31 @@ def validation_part(part: Dataset, split: Path) -> Dataset:
     return kept
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"segment": segment, "train": train, "evaluate": evaluate, "data": data}
+def models(
+    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]")] = None,
+    /,
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+) -> int:
+    """List the models that come with the package: what they are, were trained on, and how they score.
+
+    Args:
+        name: One of them: print its card, which also says where it fails.
+        json: Print what is known of them, or of the one named, as JSON.
+    """
+    from . import zoo
+
+    listed = [zoo.find(one) for one in (zoo.names() if name is None else [name])]
+    if json:
+        facts = [model.facts() for model in listed]
+        print(dumps(facts if name is None else facts[0], indent=1))
+    else:
+        print(zoo.listing(listed) if name is None else listed[0].card)
+    return 0
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "segment": segment, "train": train, "evaluate": evaluate, "data": data, "models": models
+}
 DESCRIPTION = "Finds every nucleus in H&E histology. Start with: nuguide segment IMAGE --out DIR"
 
 

@@ -369,9 +369,10 @@ def load(
     guide_weights: str | Path | None = None,
     **options,
 ) -> Predictor:
-    """A model by name or folder, ready to segment: `load("default").segment(image)`.
+    """A model by name or folder, ready to segment: `load("small").segment(image)`.
 
     Args:
+        name: one of those that `nuguide models` lists, "default" for the one that commands use, or a folder.
         guide_weights: a file, where the model was trained with a guide whose weights are not the published ones.
 
     Raises:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
@@ -26,6 +28,25 @@ def exposed(image_rgb: np.ndarray) -> np.ndarray:
         (H, W, 3) uint8; the image itself where nothing has to change.
     """
     return brightened(image_rgb, exposure_gain(image_rgb))
+
+
+def restained(
+    image_rgb: np.ndarray, amounts: Sequence[float] | np.ndarray, base: Sequence[float] | np.ndarray = (0.0, 0.0, 0.0)
+) -> np.ndarray:
+    """The image with the amount of each stain of `STAINS` times `amounts`, and `base` more of it everywhere.
+
+    Optical density is -ln((I + 1) / 256); the change of stain amounts is one linear map of it, since
+    OD = amounts @ STAINS.
+
+    Args:
+        image_rgb: (H, W, 3) uint8. amounts: a factor for hematoxylin, eosin and residual. base: in optical density.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    matrix = np.linalg.inv(STAINS) @ np.diag(amounts) @ STAINS
+    density = cv2.transform(DENSITY[image_rgb], np.column_stack([matrix.T, base @ STAINS]).astype(np.float32))
+    return np.clip(np.rint(256 * np.exp(-density) - 1), 0, 255).astype(np.uint8)
 
 
 def exposure_gain(image_rgb: np.ndarray) -> float:

@@ -91,7 +91,7 @@ def auroc(score: np.ndarray, matched: np.ndarray) -> float:
 def judgment(rows: pd.DataFrame) -> dict:
     """Errors and curves before and after, of nuclei with `before`, `after` and `matched`."""
     matched = rows["matched"].to_numpy(bool)
-    result: dict = {"images": int(rows["image"].nunique()), "nuclei": len(rows), "matched": round(matched.mean(), 4)}
+    result: dict = {"images": len(set(rows["image"])), "nuclei": len(rows), "matched": round(matched.mean(), 4)}
     for name in ("before", "after"):
         values = rows[name].to_numpy(float)
         bins = reliability(values, matched)
@@ -104,7 +104,7 @@ def judgment(rows: pd.DataFrame) -> dict:
         }
     if "agreement" in rows:
         result["agreement"] = {"auroc": round(auroc(rows["agreement"].to_numpy(), matched), 4),
-                               "mean": round(float(rows["agreement"].mean()), 4)}
+                               "mean": round(float(rows["agreement"].to_numpy().mean()), 4)}
     return result
 
 

@@ -119,7 +119,9 @@ def measure(images: list[tuple[str, np.ndarray]], segment: Callable | None) -> d
         false.update([*sound.findings, *(["any"] if sound.findings else [])])
         for kind, severity, copy in copies(image, rng):
             found[kind, severity].append(kind in inspect(copy, MPP).findings)
-        for said, factor in WRONG_MPP.items() if segment else ():
+        for said, factor in WRONG_MPP.items():
+            if segment is None:
+                break
             wrong = inspect(image, MPP * factor, segment(image, MPP * factor).table)
             found["magnification", said].append("magnification" in wrong.findings)
         print(f"{number + 1} of {len(images)}", dict(false), flush=True)

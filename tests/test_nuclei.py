@@ -48,6 +48,23 @@ def test_outlines_are_those_of_the_label_map_whether_known_or_not(nuclei):
             np.testing.assert_array_equal(made.rings[number], ring)
 
 
+def test_those_above_a_probability_are_numbered_anew_and_otherwise_the_same(nuclei):
+    nuclei.table["probability"] = [0.1, 0.5] * 20
+    likely = nuclei.above(0.5)
+    assert len(likely) == 20
+    assert likely.table["id"].tolist() == list(range(1, 21))
+    same = [name for name in COLUMNS if name != "id"]
+    rows = nuclei.table[1::2].reset_index(drop=True)
+    pd.testing.assert_frame_equal(likely.table[same], rows[same])
+    for new, old in zip(range(1, 21), range(2, 41, 2), strict=True):
+        assert np.array_equal(likely.labels == new, nuclei.labels == old)
+        assert np.array_equal(likely.rings[new], nuclei.rings[old])
+    assert likely.labels.dtype == np.uint32
+    assert nuclei.above(0.1) is nuclei
+    assert len(nuclei.above(0.6)) == 0
+    assert not nuclei.above(0.6).labels.any()
+
+
 def test_the_overlay_outlines_nuclei_and_leaves_the_image_alone(nuclei, tissue):
     before = tissue.image_rgb.copy()
     picture = nuclei.overlay(tissue.image_rgb)

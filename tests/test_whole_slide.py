@@ -141,7 +141,7 @@ def test_calibrated_probabilities_are_those_of_the_slide_as_one_image(mpp, tmp_p
     assert same_up_to_numbers(labels, whole.labels)
     number = whole.labels[labels > 0]
     same = dict(zip(labels[labels > 0].tolist(), number.tolist(), strict=True))
-    expected = whole.table.set_index("id")["probability"][[same[id] for id in table["id"]]]
+    expected = whole.table.set_index("id")["probability"][[same[id] for id in table["id"]]].to_numpy()
     np.testing.assert_allclose(table["probability"], expected, atol=2e-3)      # tiles are kept in fp16
     assert expected.std() > 0.02
     plain = segment(image, mpp, predictor(128), tmp_path / "plain")[0]["probability"]
@@ -196,6 +196,21 @@ def test_every_tile_is_computed_once(tmp_path):
     rows, columns = work.layout.tile_rows_columns
     assert work.tiles_done == rows * columns == len(work.active)
     assert not work._kept
+
+
+def test_nuclei_below_a_probability_are_left_out_of_slides_as_of_images(tmp_path):
+    image = wide_tissue((500, 600), seed=8)
+    model = predictor(128)
+    table, labels, _ = segment(image, 0.5, model, tmp_path / "all")
+    middle = float(np.median(table["probability"].to_numpy()))
+    model.min_probability = middle
+    likely, fewer, _ = segment(image, 0.5, model, tmp_path / "likely")
+    kept = table["probability"].to_numpy() >= middle
+    assert 0.3 < kept.mean() < 0.7
+    assert likely["id"].tolist() == list(range(1, kept.sum() + 1))
+    assert likely.drop(columns="id").equals(table.loc[kept].drop(columns="id").reset_index(drop=True))
+    assert np.array_equal(fewer > 0, np.isin(labels, table["id"].to_numpy()[kept]))
+    assert len(model.segment(image, 0.5)) == pytest.approx(kept.sum(), abs=3)
 
 
 def test_without_room_to_keep_tiles_they_are_computed_again_and_the_parts_are_the_same(tmp_path, monkeypatch):

@@ -50,6 +50,7 @@ def segment(
     precision: Precision = "auto",
     batch: int = 1,
     flips: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    min_probability: float = 0.0,
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> int:
     """Find every nucleus in images and whole slides.
@@ -85,6 +86,7 @@ def segment(
         flips: Average over the image and its three mirror images: a little more accurate, four times as slow.
             Tables and QuPath detections of images (not of slides) then tell how far the four agree on each nucleus,
             from 0 to 1.
+        min_probability: Leave out nuclei that are less likely than this to be ones that an annotator would draw too.
         overwrite: Do finished images again.
     """
     from .fanout import ENDINGS, parse_formats, segment_files
@@ -95,7 +97,10 @@ def segment(
         raise UserError("nothing to segment; name image files, slides, or folders of them")
     if mpp is not None and not 0.05 <= mpp <= 5:
         raise UserError(f"--mpp {mpp}: must lie between 0.05 and 5; a 40x scan has about 0.25")
-    options = SlideOptions(model, mpp, roi, tissue_mask, skip_bad_tiles, device, precision, batch, flips).anywhere()
+    if not 0 <= min_probability <= 1:
+        raise UserError(f"--min-probability {min_probability}: must lie between 0 and 1")
+    how = device, precision, batch, flips, min_probability
+    options = SlideOptions(model, mpp, roi, tissue_mask, skip_bad_tiles, *how).anywhere()
     wanted = None if formats is None else parse_formats(formats, [*ENDINGS, *WRITERS])
     bar = Bar()
     with engine_for(engine, scheduler, workers) as (compute, threads, at_once):
@@ -145,6 +150,7 @@ def jobs(
         for choices, usual in ((ENDINGS, tuple(ENDINGS)), (WRITERS, DEFAULT_FORMATS))
     )
     called = model_name(options.model) + (", flips" if options.flips else "")
+    called += f", probability from {options.min_probability:g}" if options.min_probability else ""
     images = ImageJob(predictor_for(options).segment, called, options.mpp, DEFAULT_MPP, of_images)
     slides = SlideJob(options, called, of_slides, engine, Manifest(out / MANIFEST), overwrite)
 
@@ -320,6 +326,7 @@ def evaluate(
     device: Device = "auto",
     precision: Precision = "auto",
     flips: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    min_probability: float = 0.0,
 ) -> int:
     """Score a model on annotated images: Dice, AJI, PQ and more, each a mean over images with its 95% interval.
 
@@ -333,6 +340,7 @@ def evaluate(
         device: Where to compute.
         precision: Of the network.
         flips: Average over each image and its three mirror images.
+        min_probability: Leave out nuclei that are less likely than this to be ones that an annotator would draw too.
     """
     import pandas as pd
 
@@ -345,7 +353,7 @@ def evaluate(
         parts = [validation_part(part, split) for part in parts]
     tables = {}
     for name in filter(None, (model, against)):
-        predictor = load(name, device=device, precision=precision, flips=flips)
+        predictor = load(name, device=device, precision=precision, flips=flips, min_probability=min_probability)
         tables[name] = [score_all(predictor, part, scored(part, name)) for part in parts]
     for index, part in enumerate(parts):
         for name, scores in tables.items():
@@ -357,7 +365,8 @@ def evaluate(
             print(difference.to_string(index=False, float_format="%+.3f"))
     if out is not None:
         facts = {"code": f"nuguide {__version__}", "model": model, "data": list(data), "annotator": annotator,
-                 "split": None if split is None else str(split), "precision": precision, "flips": flips}
+                 "split": None if split is None else str(split), "precision": precision, "flips": flips,
+                 "min_probability": min_probability}
         write_scores(out, pd.concat(tables[model], ignore_index=True), facts)
         print(f"\nscores of every image: {out}")
     return 0

@@ -87,6 +87,20 @@ def measure(
     return pd.DataFrame({name: column.astype(kind) for name, column, kind in zip(COLUMNS, columns, types, strict=True)})
 
 
+def renumbered(table: pd.DataFrame, labels: np.ndarray, kept: np.ndarray) -> tuple[pd.DataFrame, np.ndarray]:
+    """A table and its label map with some of the nuclei alone, numbered from 1 in the same order.
+
+    Args:
+        table: as `measure` makes it. labels: (H, W) of an integer type, with its ids. kept: (n,) bool, of its rows.
+    """
+    ids = table["id"].to_numpy()
+    number = np.zeros(int(ids.max(initial=0)) + 1, labels.dtype)
+    number[ids[kept]] = np.arange(1, kept.sum() + 1)
+    rest = table.loc[kept].reset_index(drop=True)
+    rest["id"] = np.arange(1, len(rest) + 1)
+    return rest, number[labels]
+
+
 def outlines(labels: np.ndarray) -> dict[int, np.ndarray]:
     """The outline of each nucleus, ordered by id: (N, 2) float32 of x, y in the frame of this module.
 

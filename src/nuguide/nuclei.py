@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from . import export
-from .measure import measure, outlines
+from .measure import measure, outlines, renumbered
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,17 @@ class Nuclei:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def above(self, probability: float) -> Nuclei:
+        """The nuclei of at least that probability, numbered anew from 1."""
+        kept = self.table["probability"].to_numpy() >= probability
+        if kept.all():
+            return self
+        old = self.table["id"].to_numpy()
+        table, labels = renumbered(self.table, self.labels, kept)
+        nuclei = Nuclei(labels, table, self.mpp)
+        nuclei.__dict__["rings"] = dict(zip(table["id"].tolist(), map(self.rings.__getitem__, old[kept]), strict=True))
+        return nuclei
 
     @cached_property
     def rings(self) -> dict[int, np.ndarray]:

@@ -53,6 +53,7 @@ class Predictor:
             computed twice; where the guide resizes what it sees, they are as large as the patches of the training.
             They overlap by 96 px, small ones by a quarter.
         flips: average the maps of the image and its three mirror images; takes four times as long.
+        min_probability: nuclei less likely than this are left out.
         separation: how maps become nuclei; by default as the spec says.
     """
 
@@ -67,10 +68,13 @@ class Predictor:
         tile_px: int | None = None,
         overlap_px: int | None = None,
         flips: bool = False,
+        min_probability: float = 0.0,
         separation: Separation | None = None,
     ):
         if batch < 1:
             raise UserError(f"--batch must be 1 or more, not {batch}")
+        if not 0 <= min_probability <= 1:
+            raise UserError(f"--min-probability must lie between 0 and 1, not {min_probability}")
         keep_freed_memory()
         self.device = choose_device(device)
         self.precision = choose_arithmetic(precision, self.device, bool(spec.int8_ranges))
@@ -83,7 +87,8 @@ class Predictor:
         self.spec = spec
         self.stain = StainNormalizer.from_dict(spec.stain) if spec.stain else None
         self.tile_px = tile_px or (max(spec.tile_px, 2 * PHASE_PX) if guide is not None and resizes(guide) else TILE_PX)
-        self.batch, self._overlap_px, self.flips = batch, overlap_px, flips
+        self.batch, self._overlap_px, self.flips, self.streams = batch, overlap_px, flips, STREAMS
+        self.min_probability = min_probability
         self.separation = separation or Separation(**spec.separation)
 
     @property
@@ -131,7 +136,7 @@ class Predictor:
             nuclei.table["probability"] = chance(values, self.spec.confidence)
         if views:
             nuclei.table[AGREEMENT] = agreement(labels, views)[index]
-        return nuclei
+        return nuclei.above(self.min_probability)
 
     def prepared(self, image_rgb: np.ndarray, mpp: float) -> np.ndarray:
         """The image (H, W, 3) uint8 as the network wants it: at its resolution, exposure and stain."""
@@ -180,7 +185,7 @@ class Predictor:
     def _blended(self, image_rgb: np.ndarray, progress: Callable[[int, int], None] | None) -> np.ndarray:
         shape = image_rgb.shape[:2]
         tiles = cover(shape, max(self.tile_px, PHASE_PX), self.overlap_px, PHASE_PX)
-        mapped = self._map_tiles(image_rgb, tiles, progress, streams=min(STREAMS, -(-len(tiles) // self.batch)))
+        mapped = self._map_tiles(image_rgb, tiles, progress, streams=min(self.streams, -(-len(tiles) // self.batch)))
         return blend(shape, mapped, len(CHANNELS), self.overlap_px, min(MARGIN_PX, self.overlap_px // 4))
 
     def label(self, nucleus: np.ndarray, interior: np.ndarray) -> np.ndarray:
@@ -222,7 +227,7 @@ class Predictor:
         tiles: list[Tile],
         progress: Callable[[int, int], None] | None,
         latent_of: Callable[[Tile], Tensor] | None = None,
-        streams: int = STREAMS,
+        streams: int | None = None,
     ) -> Iterator[tuple[Tile, np.ndarray]]:
         of_tile = latent_of or self._latents(image_rgb)
         groups = list(batches(tiles, self.batch))
@@ -234,7 +239,7 @@ class Predictor:
 
         # regions of a guide are encoded on the way, by whoever comes first, so their tiles go one after another
         alone = self.device.type != "cpu" or sees_regions(self.guide)
-        computed = side_by_side(compute, groups, 1 if alone else streams)
+        computed = side_by_side(compute, groups, 1 if alone else streams or self.streams)
         done = 0
         for group, maps in zip(groups, computed, strict=True):
             for tile, values in zip(group, maps, strict=True):

@@ -42,7 +42,7 @@ CALLED = {
     "bytes": "the slide itself",
     "modified_ns": "the slide itself",
     "code": "the version of nuguide",
-    "model": "--model or --flips",
+    "model": "--model, --flips or --min-probability",
     "thresholds": "the model's config.json",
     "precision": "--precision",
     "layout": "--mpp",
@@ -59,7 +59,8 @@ class SlideOptions:
         model: name or folder. mpp: microns per pixel of level 0, whatever the slide says; None asks the slide.
         roi: "x,y,w,h" in level-0 pixels, or the path of a GeoJSON file with polygons.
         tissue: leave glass out. skip_bad: go on where a slide cannot be read.
-        device, precision, batch, flips: of the predictor. threads: of each worker; 0 leaves it to torch.
+        device, precision, batch, flips, min_probability: of the predictor.
+        threads: of each worker; 0 leaves it to torch.
     """
 
     model: str = "default"
@@ -71,6 +72,7 @@ class SlideOptions:
     precision: str = "auto"
     batch: int = 1
     flips: bool = False
+    min_probability: float = 0.0
     threads: int = 0
 
     def anywhere(self) -> SlideOptions:
@@ -161,13 +163,16 @@ def predictor_for(options: SlideOptions) -> Predictor:
     """The predictor of this process, loaded once, and anew where the files of the model are others than before."""
     folder = model_folder(options.model)
     stamp = tuple((folder / name).stat().st_mtime_ns for name in (WEIGHTS, CONFIG))
-    return loaded(options.model, options.device, options.precision, options.batch, options.flips, stamp)
+    how = options.device, options.precision, options.batch, options.flips, options.min_probability
+    return loaded(options.model, *how, stamp)
 
 
 @lru_cache(maxsize=1)
-def loaded(model: str, device: str, precision: str, batch: int, flips: bool, stamp: tuple[int, ...]) -> Predictor:
+def loaded(
+    model: str, device: str, precision: str, batch: int, flips: bool, min_probability: float, stamp: tuple[int, ...]
+) -> Predictor:
     """The last predictor asked for; `stamp` tells files of one name apart."""
-    return load(model, device, precision, batch, flips=flips)
+    return load(model, device, precision, batch, flips=flips, min_probability=min_probability)
 
 
 def compute_regions(task: SlideTask, numbers: Sequence[int]) -> tuple[list[int], Stages]:

@@ -361,6 +361,7 @@ class SlideRegions:
         image_rgb = window.image_rgb[box.window]
         separation, confidence = self.predictor.separation, self.predictor.spec.confidence
         part = nuclei_of(maps, image_rgb, region.window, self.layout, separation, self.areas, confidence)
+        part = part.above(self.predictor.min_probability)
         if not window.bad:
             return part
         bad = np.rint(np.array(window.bad) * np.tile(self.layout.grid_scale, 2)).astype(int).tolist()

@@ -7,7 +7,7 @@ import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import cv2
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .. import export
-from ..measure import COLUMNS
+from ..measure import COLUMNS, renumbered
 from ..types import UserError
 from .layout import Layout, Region
 
@@ -45,6 +45,14 @@ class Part:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def above(self, probability: float) -> Part:
+        """The nuclei of at least that probability, numbered anew from 1."""
+        kept = self.table["probability"].to_numpy() >= probability
+        if kept.all():
+            return self
+        table, labels = renumbered(self.table, self.labels, kept)
+        return replace(self, table=table, labels=labels, rings=[self.rings[row] for row in np.flatnonzero(kept)])
 
     @classmethod
     def empty(cls) -> Part:

@@ -85,6 +85,11 @@ def flips() -> str:
     return difference("flips", "small")
 
 
+def above() -> str:
+    """The default model with --min-probability 0.3 minus without, image by image."""
+    return difference("above", "small")
+
+
 def difference(one: str, other: str) -> str:
     """One model's scores minus another's, image by image."""
     guided, plain = scores(one), scores(other)
@@ -333,7 +338,7 @@ def robust_limits() -> str:
 TABLES: dict[str, Callable[..., str]] = {
     "accuracy": accuracy, "guidance": guidance, "groups": groups, "screen": screen, "speed": speed, "seams": seams,
     "training": training, "flips": flips, "precision": precision, "models": models,
-    "confidence": confidence, "agreement": agreement, "quality": quality,
+    "confidence": confidence, "agreement": agreement, "above": above, "quality": quality,
     "slide_growth": slide_growth, "slide_seams": slide_seams, "slide_beside": slide_beside,
     "robustness": robust, "robustness_limits": robust_limits,
 }

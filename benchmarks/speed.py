@@ -12,7 +12,6 @@ a `nuguide segment` process, and the machine.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -21,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -67,17 +66,14 @@ class PlainPredictor(Predictor):
             for name, child in module.named_children():
                 if isinstance(child, UpConvUnit):
                     setattr(module, name, PlainUp(child))
-        self.model, self.guide, self.streams = model.eval(), guide, 1
+        self.model, self.guide = model.eval(), guide
 
     def _on_device(self, image: Tensor) -> Tensor:
         return image.float().contiguous()
 
 
 class Clock:
-    """Adds up the seconds of named stages; `network` is what the tiles take less the guide's part of them.
-
-    Where tiles are computed side by side, the guide's part is that of the seconds of all threads.
-    """
+    """Adds up the seconds of named stages; `network` is what the tiles take less the guide's part."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -89,39 +85,17 @@ class Clock:
         return result
 
 
-@contextlib.contextmanager
-def parts_of_tiles(predictor: Predictor) -> Iterator[tuple[list[float], list[float]]]:
-    """Inside, the seconds of each call of the guide and of each call of the network, in whatever thread."""
-    spent: tuple[list[float], list[float]] = [], []
-
-    def timed(function: Callable, seconds: list[float]) -> Callable:
-        def run(*arguments):
-            start = time.perf_counter()
-            result = function(*arguments)
-            seconds.append(time.perf_counter() - start)
-            return result
-
-        return run
-
-    names = [name for name, there in (("latent", predictor.guide is not None), ("maps", True)) if there]
-    for name in names:
-        setattr(predictor, name, timed(getattr(predictor, name), spent[name == "maps"]))
-    try:
-        yield spent
-    finally:
-        for name in names:
-            delattr(predictor, name)
-
-
 def segment(predictor: Predictor, file: Path, stem: Path) -> tuple[Nuclei, Clock]:
     """What `nuguide segment` does to one file, stage by stage."""
     clock = Clock()
     image = clock.timed("read", read_image, file).image_rgb
     small = clock.timed("read", predictor.prepared, image, MPP)
-    with parts_of_tiles(predictor) as (guided, mapped):
-        nucleus, interior = clock.timed("network", predictor.probabilities, small)
-    clock.seconds["guide"] = clock.seconds["network"] * sum(guided) / max(sum(guided) + sum(mapped), 1e-9)
+    guide = predictor.guide
+    if guide is not None:
+        predictor.guide = lambda x: clock.timed("guide", guide, x)  # pyright: ignore[reportAttributeAccessIssue]
+    nucleus, interior = clock.timed("network", predictor.probabilities, small)
     clock.seconds["network"] -= clock.seconds["guide"]
+    predictor.guide = guide
     labels = clock.timed("instances", predictor.label, nucleus, interior)
     fine = clock.timed("instances", enlarge, labels, nucleus, image.shape[:2], predictor.separation.nucleus)
     large = clock.timed("instances", resize_map, nucleus, fine.shape)

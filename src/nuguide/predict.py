@@ -25,7 +25,6 @@ from .normalize import StainNormalizer
 from .nuclei import Nuclei
 from .resample import resampled_size, resize_image, resize_map
 from .stain import brightened, exposure_gain
-from .streams import STREAMS, side_by_side
 from .tiling import batches, blend, cover, gather
 from .types import Tile, UserError
 
@@ -87,7 +86,7 @@ class Predictor:
         self.spec = spec
         self.stain = StainNormalizer.from_dict(spec.stain) if spec.stain else None
         self.tile_px = tile_px or (max(spec.tile_px, 2 * PHASE_PX) if guide is not None and resizes(guide) else TILE_PX)
-        self.batch, self._overlap_px, self.flips, self.streams = batch, overlap_px, flips, STREAMS
+        self.batch, self._overlap_px, self.flips = batch, overlap_px, flips
         self.min_probability = min_probability
         self.separation = separation or Separation(**spec.separation)
 
@@ -185,7 +184,7 @@ class Predictor:
     def _blended(self, image_rgb: np.ndarray, progress: Callable[[int, int], None] | None) -> np.ndarray:
         shape = image_rgb.shape[:2]
         tiles = cover(shape, max(self.tile_px, PHASE_PX), self.overlap_px, PHASE_PX)
-        mapped = self._map_tiles(image_rgb, tiles, progress, streams=min(self.streams, -(-len(tiles) // self.batch)))
+        mapped = self._map_tiles(image_rgb, tiles, progress)
         return blend(shape, mapped, len(CHANNELS), self.overlap_px, min(MARGIN_PX, self.overlap_px // 4))
 
     def label(self, nucleus: np.ndarray, interior: np.ndarray) -> np.ndarray:
@@ -227,21 +226,13 @@ class Predictor:
         tiles: list[Tile],
         progress: Callable[[int, int], None] | None,
         latent_of: Callable[[Tile], Tensor] | None = None,
-        streams: int | None = None,
     ) -> Iterator[tuple[Tile, np.ndarray]]:
+        done = 0
         of_tile = latent_of or self._latents(image_rgb)
-        groups = list(batches(tiles, self.batch))
-
-        def compute(group: list[Tile]) -> np.ndarray:
+        for group in batches(tiles, self.batch):
             stack = np.stack([padded(image_rgb[tile.window], PHASE_PX) for tile in group])
             latents = None if of_tile is None else [of_tile(tile) for tile in group]
-            return self.maps(as_batch(stack), None if latents is None else torch.cat(latents)).numpy()
-
-        # regions of a guide are encoded on the way, by whoever comes first, so their tiles go one after another
-        alone = self.device.type != "cpu" or sees_regions(self.guide)
-        computed = side_by_side(compute, groups, 1 if alone else streams or self.streams)
-        done = 0
-        for group, maps in zip(groups, computed, strict=True):
+            maps = self.maps(as_batch(stack), None if latents is None else torch.cat(latents)).numpy()
             for tile, values in zip(group, maps, strict=True):
                 yield tile, values[:, : tile.bottom - tile.top, : tile.right - tile.left]
             done += len(group)

@@ -17,8 +17,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -426,13 +426,6 @@ DESIGNS = {
 COMMON = {"nucleus": (0.4, 0.5, 0.6), "min_area_um2": (8.0, 14.0)}
 
 
-def options(design: Design) -> Iterator[tuple[Separation, dict]]:
-    """Every choice of a design."""
-    for nucleus, area, seed in itertools.product(*COMMON.values(), design.seeds):
-        for values in itertools.product(*design.grid.values()):
-            yield Separation(nucleus, seed, area), dict(zip(design.grid, values, strict=True))
-
-
 def maps_of(weights: str, pictures: Sequence[Picture], out: Path, part: str) -> list[np.ndarray]:
     """The maps of every picture, from OUT where they were computed before."""
     file = out / f"{weights}.{part}.npz"
@@ -451,14 +444,17 @@ def maps_of(weights: str, pictures: Sequence[Picture], out: Path, part: str) -> 
                 maps = model(image, guide(image))[0]
                 logits = {"default": 2, "interior": 2, "star": 2}.get(weights, 1)
                 maps[:logits] = maps[:logits].sigmoid()
-                found[drawn.id] = maps[:, : drawn.labels.shape[0], : drawn.labels.shape[1]].numpy()
+                found[drawn.id] = maps[:, : drawn.labels.shape[0], : drawn.labels.shape[1]].half().numpy()
         np.savez(file, **found)
     with np.load(file) as found:
-        return [found[drawn.id] for drawn in pictures]
+        return [found[drawn.id].astype(np.float32) for drawn in pictures]
 
 
 def chosen(design: Design, pictures: Sequence[Picture], maps: Sequence[np.ndarray]) -> tuple[Separation, dict]:
-    """The options with the highest mean of Dice, AJI and PQ, both data sets counting alike."""
+    """The options with the highest mean of Dice, AJI and PQ, both data sets counting alike.
+
+    First what the design is about, at a nucleus threshold of 0.5 and a least area of 8 um2, then those two.
+    """
     def mean(choice: tuple[Separation, dict]) -> float:
         scores: dict[str, list[float]] = {}
         for drawn, of_it in zip(pictures, maps, strict=True):
@@ -466,7 +462,11 @@ def chosen(design: Design, pictures: Sequence[Picture], maps: Sequence[np.ndarra
             scores.setdefault(drawn.group.partition("/")[0], []).append(quality(drawn, found))
         return float(np.mean([np.mean(values) for values in scores.values()]))
 
-    return max(options(design), key=mean)
+    own = [(Separation(0.5, seed, 8.0), dict(zip(design.grid, values, strict=True)))
+           for seed in design.seeds for values in itertools.product(*design.grid.values())]
+    how, rest = max(own, key=mean)
+    return max(((replace(how, nucleus=nucleus, min_area_um2=area), rest)
+                for nucleus, area in itertools.product(*COMMON.values())), key=mean)
 
 
 def seconds_per_megapixel(design: Design, choice: tuple[Separation, dict], maps: Sequence[np.ndarray]) -> float:
@@ -486,7 +486,7 @@ def score_all(names: Sequence[str], data: Path, out: Path, facts: dict) -> None:
     cv2.setNumThreads(1)
     tuned = listed(data, "train")
     by_set = {name: [drawn for drawn in tuned if drawn.group.startswith(name)] for name in ("tnbc", "nuinsseg")}
-    tuned, held = [*by_set["tnbc"], *by_set["nuinsseg"][::6]], listed(data, "val")
+    tuned, held = [*by_set["tnbc"], *by_set["nuinsseg"][::12]], listed(data, "val")
     rows, designs = [], {}
     for name in names:
         design = DESIGNS[name]

@@ -18,7 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -423,6 +423,8 @@ DESIGNS = {
     "star": Design("star-convex shapes, 16 rays", "star", by_star,
                    {"least": (0.2, 0.35, 0.5), "overlap": (0.3, 0.5), "shapes": (False, True)}),
 }
+KEPT = ("dice", "aji", "pq", "f1_50", "nuclei_truth", "nuclei_found")
+TUNED_EVERY = {"tnbc": 2, "nuinsseg": 24}         # training images on which options are chosen: as many of either set
 COMMON = {"nucleus": (0.4, 0.5, 0.6), "min_area_um2": (8.0, 14.0)}
 
 
@@ -481,30 +483,38 @@ def seconds_per_megapixel(design: Design, choice: tuple[Separation, dict], maps:
     return min(times) / (mosaic.shape[1] * mosaic.shape[2] / 1e6)
 
 
+def judged(name: str, data: Path, out: Path) -> dict:
+    """The options of a design, chosen on training images, its time, and its scores of every validation image."""
+    design, held = DESIGNS[name], listed(data, "val")
+    tuned = listed(data, "train", TUNED_EVERY)
+    how, rest = choice = chosen(design, tuned, maps_of(design.weights, tuned, out, "train"))
+    maps = maps_of(design.weights, held, out, "val")
+    rows = []
+    for drawn, of_it in zip(held, maps, strict=True):
+        scores = asdict(score(drawn.labels, design.separated(of_it, how, **rest), drawn.ignore))
+        dataset, _, number = drawn.id.partition("/")
+        rows.append({"dataset": dataset, "id": number, "design": name, **{key: scores[key] for key in KEPT}})
+    seconds = seconds_per_megapixel(design, choice, maps)
+    common = {key: getattr(how, key) for key in ("nucleus", "interior", "min_area_um2")}
+    facts = {"title": design.title, "weights": design.weights, "tuned_on": len(tuned), "chosen": common | rest,
+             "seconds_per_megapixel": round(seconds, 4)}
+    return {"facts": facts, "images": rows}
+
+
 def score_all(names: Sequence[str], data: Path, out: Path, facts: dict) -> None:
-    """Choose on training images, measure on validation images, write results/instances.json."""
+    """Write results/instances.json; what was judged before is read from OUT."""
     cv2.setNumThreads(1)
-    tuned = listed(data, "train")
-    by_set = {name: [drawn for drawn in tuned if drawn.group.startswith(name)] for name in ("tnbc", "nuinsseg")}
-    tuned, held = [*by_set["tnbc"], *by_set["nuinsseg"][::12]], listed(data, "val")
     rows, designs = [], {}
     for name in names:
-        design = DESIGNS[name]
-        choice = chosen(design, tuned, maps_of(design.weights, tuned, out, "train"))
-        maps = maps_of(design.weights, held, out, "val")
-        seconds = seconds_per_megapixel(design, choice, maps)
-        how = {key: getattr(choice[0], key) for key in ("nucleus", "interior", "min_area_um2")}
-        designs[name] = {"title": design.title, "weights": design.weights, "chosen": how | choice[1],
-                         "seconds_per_megapixel": round(seconds, 4)}
-        for drawn, of_it in zip(held, maps, strict=True):
-            scores = score(drawn.labels, design.separated(of_it, choice[0], **choice[1]), drawn.ignore)
-            kept = {key: getattr(scores, key) for key in ("dice", "aji", "pq", "f1_50", "nuclei_truth", "nuclei_found")}
-            dataset, _, number = drawn.id.partition("/")
-            rows.append({"dataset": dataset, "id": number, "design": name} | kept)
-        table = pd.DataFrame(rows).query("design == @name").groupby("dataset")[["dice", "aji", "pq", "f1_50"]].mean()
-        print(json.dumps(designs[name] | {"means": table.round(4).to_dict("index")}), flush=True)
-    facts |= {"tuned_on": len(tuned), "mpp": MPP, "designs": designs}
-    write_scores(RESULTS / "instances.json", pd.DataFrame(rows), facts)
+        file = out / f"{name}.scores.json"
+        if not file.is_file():
+            file.write_text(json.dumps(judged(name, data, out)))
+        found = json.loads(file.read_text())
+        designs[name] = found["facts"]
+        rows += found["images"]
+        means = pd.DataFrame(found["images"]).groupby("dataset")[["dice", "aji", "pq", "f1_50"]].mean().round(4)
+        print(json.dumps({"design": name} | designs[name] | means.to_dict("index")), flush=True)
+    write_scores(RESULTS / "instances.json", pd.DataFrame(rows), facts | {"mpp": MPP, "designs": designs})
 
 
 def main() -> int:
@@ -514,7 +524,7 @@ def main() -> int:
     parser.add_argument("arms", nargs="*")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -526,14 +536,15 @@ def main() -> int:
     return 0
 
 
-def listed(data: Path, part: str) -> list[Picture]:
-    """The pictures of one part of results/split.json at 0.5 microns per pixel."""
+def listed(data: Path, part: str, every: dict[str, int] | None = None) -> list[Picture]:
+    """The pictures of one part of results/split.json at 0.5 microns per pixel, or every n-th of each data set."""
     members = {(member.dataset, member.id) for member in read_manifest(RESULTS / "split.json").parts[part]}
     sets = []
     for name in ("nuinsseg", "tnbc"):
         whole = read_dataset(name, data / name)
-        sets.append(whole.subset([number for number, own in enumerate(whole.ids) if (name, own) in members]))
-    return pictures_of(sets, 0.5)
+        numbers = [number for number, own in enumerate(whole.ids) if (name, own) in members]
+        sets.append(whole.subset(numbers[:: (every or {}).get(name, 1)]))
+    return pictures_of(sets, MPP)
 
 
 if __name__ == "__main__":

@@ -252,7 +252,7 @@ def test_cached_latents_and_deep_supervision_train_too(tmp_path: Path) -> None:
     assert model(image, guide(image)).shape == (1, 2, 40, 50)
 
 
-def test_deep_supervision_counts_each_level_half_of_the_finer_one() -> None:
+def test_deep_supervision_counts_each_level_half_of_the_finer_one(monkeypatch: pytest.MonkeyPatch) -> None:
     # five levels whose losses are 1, 0, 0, 0, 0 and 0, 0, 0, 0, 1: shares of 16/31 and 1/31
     target = torch.ones(1, 1, 4, 4)
     right, wrong = torch.full((1, 1, 4, 4), 30.0), torch.full((1, 1, 4, 4), -30.0)
@@ -261,8 +261,8 @@ def test_deep_supervision_counts_each_level_half_of_the_finer_one() -> None:
     for worst in (0, 4):
         heads = [wrong if level == worst else right for level in range(5)]
         training = Training(torch.nn.Identity(), None, TINY)
-        training.forward = lambda *_, heads=heads: heads
-        training.log = lambda *_, **__: None
+        monkeypatch.setattr(training, "forward", lambda *_, heads=heads: heads)
+        monkeypatch.setattr(training, "log", lambda *_, **__: None)
         losses.append(float(training.training_step(Batch(torch.zeros(1, 3, 4, 4), target, None), 0)["loss"]))
     assert losses == pytest.approx([whole * 16 / 31, whole / 31], rel=1e-4)
 

@@ -409,19 +409,24 @@ class Design:
     seeds: tuple[float, ...] = (0.5,)             # thresholds of the interior map, where there is one
 
 
-TREE = {"top": (0.7, 0.9), "least_um2": (1.0, 2.5)}
+SEEDS = (0.4, 0.5, 0.6, 0.7, 0.8)
+TREE = {"top": (0.6, 0.7, 0.8), "least_um2": (2.5, 4.0)}
 DESIGNS = {
-    "today": Design("interior, flooded: as shipped", "default", by_interior, {}, (0.4, 0.5, 0.6)),
-    "tree": Design("the same, split where a higher level splits", "default", by_interior_tree, TREE, (0.3, 0.4, 0.5)),
-    "depth": Design("depth of the nucleus map alone", "default", by_depth, {"share": (0.6, 0.75, 0.9)}),
-    "blend": Design("interior blended with that depth", "default", by_interior_and_depth, {"weight": (0.25, 0.5)},
-                    (0.4, 0.5, 0.6, 0.7)),
-    "interior": Design("interior, flooded", "interior", by_interior, {}, (0.4, 0.5, 0.6)),
+    "today": Design("interior from 0.5, flooded: as shipped", "default", by_interior, {}),
+    "higher": Design("the same, interior from a chosen threshold", "default", by_interior, {}, SEEDS),
+    "tree": Design("the same, divided where a higher level divides it", "default", by_interior_tree, TREE,
+                   (0.3, 0.4, 0.5)),
+    "blend": Design("interior blended with the depth of the nucleus map", "default", by_interior_and_depth,
+                    {"weight": (0.15, 0.25, 0.4)}, (0.5, 0.6, 0.7, 0.8)),
+    "depth": Design("depth of the nucleus map alone", "default", by_depth, {"share": (0.8, 0.9, 0.95)}),
+    "interior": Design("interior, flooded", "interior", by_interior, {}, SEEDS),
+    "interior_tree": Design("the same, divided where a higher level divides it", "interior", by_interior_tree, TREE,
+                            (0.3, 0.4, 0.5)),
     "hover": Design("distances from the center, their slopes", "hover", by_hover,
-                    {"size": (5, 7), "steep": (0.0, 0.05, 0.1, 0.2), "radius": (0.5, 0.7, 1.0)}),
-    "flow": Design("flow to the center", "flow", by_flow, {"steps": (1, 2, 3), "votes": (2.0, 4.0, 8.0)}),
+                    {"size": (5, 7, 11), "steep": (-0.05, 0.0, 0.1), "radius": (0.3, 0.4, 0.5, 0.7)}),
+    "flow": Design("flow to the center", "flow", by_flow, {"steps": (2, 3, 4, 6), "votes": (2.0, 4.0, 8.0)}),
     "star": Design("star-convex shapes, 16 rays", "star", by_star,
-                   {"least": (0.2, 0.35, 0.5), "overlap": (0.3, 0.5), "shapes": (False, True)}),
+                   {"least": (0.1, 0.2, 0.35, 0.5), "overlap": (0.2, 0.3, 0.5), "shapes": (False, True)}),
 }
 KEPT = ("dice", "aji", "pq", "f1_50", "nuclei_truth", "nuclei_found")
 TUNED_EVERY = {"tnbc": 2, "nuinsseg": 24}         # training images on which options are chosen: as many of either set

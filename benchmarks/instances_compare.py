@@ -192,12 +192,14 @@ class LabelPatches(Patches):
 def with_head(model: nn.Module, channels: int, seed: int) -> nn.Module:
     """A copy of a guided model whose head predicts the nucleus as before, and other maps by fresh weights."""
     model = copy.deepcopy(model)
-    old = model.network.head
+    old = model.get_submodule("network.head")
+    assert isinstance(old, nn.Conv2d)
     torch.manual_seed(seed)
-    new = nn.Conv2d(old.in_channels, channels, old.kernel_size, padding=old.padding)
+    new = nn.Conv2d(old.in_channels, channels, 3, padding=1)
     with torch.no_grad():
-        new.weight[:1], new.bias[:1] = old.weight[:1], old.bias[:1]  # pyright: ignore[reportOptionalSubscript]
-    model.network.head = new
+        for name, value in new.named_parameters():
+            value[:1] = old.get_parameter(name)[:1]
+    model.get_submodule("network").head = new
     return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
@@ -518,7 +520,7 @@ def score_all(names: Sequence[str], data: Path, out: Path, facts: dict) -> None:
         designs[name] = found["facts"]
         rows += found["images"]
         means = pd.DataFrame(found["images"]).groupby("dataset")[["dice", "aji", "pq", "f1_50"]].mean().round(4)
-        print(json.dumps({"design": name} | designs[name] | means.to_dict("index")), flush=True)
+        print(json.dumps({"design": name} | designs[name] | means.T.to_dict()), flush=True)
     write_scores(RESULTS / "instances.json", pd.DataFrame(rows), facts | {"mpp": MPP, "designs": designs})
 
 

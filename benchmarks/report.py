@@ -202,6 +202,58 @@ def seams() -> str:
     return "\n".join(lines)
 
 
+def instances() -> str:
+    """The designs that separate nuclei, trained alike, and what each scores over the interior map."""
+    return designs("interior")
+
+
+def floods() -> str:
+    """What can be made of the shipped model's two maps, over what is made of them."""
+    return designs("today")
+
+
+def designs(against: str) -> str:
+    """The designs on the same weights as `against`, or that were trained as it was, and their scores minus its own."""
+    file = RESULTS / "instances.json"
+    of_all, table = json.loads(file.read_text())["facts"]["designs"], read_scores(file)
+    trained = of_all[against]["weights"] != "default"
+    heads = ("design", "set", "AJI", "PQ", "F1", "AJI: difference", "PQ: difference", "seconds per megapixel")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, facts in of_all.items():
+        if (facts["weights"] != "default") != trained:
+            continue
+        for dataset in ("tnbc", "nuinsseg"):
+            rows = of_set(table, dataset)
+            own, base = (rows.query(f"design == {which!r}").set_index("id") for which in (name, against))
+            cells = [f"{own[metric].mean():.3f}" for metric in ("aji", "pq", "f1_50")]
+            for metric in ("aji", "pq"):
+                difference = (own[metric] - base[metric]).to_numpy()
+                low, high = interval(difference)
+                cells.append("" if name == against else f"{difference.mean():+.3f} ({low:+.3f} to {high:+.3f})")
+            seconds = f"{facts['seconds_per_megapixel']:.3f}"
+            lines.append(f"| {facts['title']} | {SETS[dataset]} | " + " | ".join([*cells, seconds]) + " |")
+    return "\n".join(lines)
+
+
+def average() -> str:
+    """One run, scored with the average of its weights and with the weights themselves."""
+    file = RESULTS / "ema.json"
+    steps, table = json.loads(file.read_text())["facts"]["steps"], read_scores(file)
+    heads = ("steps", "set", "Dice: average", "Dice: weights", "difference", "AJI: difference", "PQ: difference")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for at in steps:
+        for dataset in ("tnbc", "nuinsseg"):
+            rows = of_set(table.query(f"steps == {at}"), dataset)
+            own, plain = (rows.query(f"weights == {which!r}").set_index("id") for which in ("average", "last"))
+            cells = [f"{own['dice'].mean():.3f}", f"{plain['dice'].mean():.3f}"]
+            for metric in ("dice", "aji", "pq"):
+                difference = (own[metric] - plain[metric]).to_numpy()
+                low, high = interval(difference)
+                cells.append(f"{difference.mean():+.3f} ({low:+.3f} to {high:+.3f})")
+            lines.append(f"| {at} | {SETS[dataset]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def slide_lines(kind: str) -> list[dict[str, Any]]:
     """The lines of one part of the benchmark of slides."""
     rows = [json.loads(line) for line in (RESULTS / "slide.jsonl").read_text().splitlines()]
@@ -339,6 +391,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "accuracy": accuracy, "guidance": guidance, "groups": groups, "screen": screen, "speed": speed, "seams": seams,
     "training": training, "flips": flips, "precision": precision, "models": models,
     "confidence": confidence, "agreement": agreement, "above": above, "quality": quality,
+    "instances": instances, "floods": floods, "average": average,
     "slide_growth": slide_growth, "slide_seams": slide_seams, "slide_beside": slide_beside,
     "robustness": robust, "robustness_limits": robust_limits,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,7 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from nuguide.augment import Augmentation
-from nuguide.batches import Patches, Picture, Stretch, collate, drawing_weights, lattice_patch, picture, turned
+from nuguide.batches import (
+    Patches,
+    Picture,
+    Stretch,
+    collate,
+    drawing_weights,
+    harder,
+    lattice_patch,
+    picture,
+    resized,
+    turned,
+)
 from nuguide.guides import GUIDES, FrozenGuide
 from nuguide.instances import targets
 from nuguide.latents import LatentCache
@@ -268,3 +280,63 @@ def test_the_ignored_area_comes_to_the_networks_resolution(tissue: Sample) -> No
     assert not coarse.ignore[64:].any()
     assert coarse.labels[:64].any()                      # whoever scores still sees them
     assert picture(tissue, 1.0).ignore is None
+
+
+# --- pictures that are hard, that teach one map alone, or that are shown at many resolutions ---
+
+
+def test_hard_pictures_are_drawn_more_often_by_hand() -> None:
+    even = np.full(4, 1 / 4)
+    # losses 1, 2, 3 and one unknown, which counts as their mean 2: factors 1/2, 1, 3/2, 1, in all 4
+    recent = np.array([1.0, 2.0, 3.0, np.nan])
+    assert harder(even, recent, 1) == pytest.approx([1 / 8, 1 / 4, 3 / 8, 1 / 4])
+    # squared: 1/4, 1, 9/4, 1, in all 18/4
+    assert harder(even, recent, 2) == pytest.approx([1 / 18, 4 / 18, 9 / 18, 4 / 18])
+    # 0 and 2, at the power of 3: factors 0 and 8, held at 1/4 and 4
+    assert harder(np.full(2, 1 / 2), np.array([0.0, 2.0]), 3) == pytest.approx([1 / 17, 16 / 17])
+    assert harder(even, np.full(4, np.nan), 1) is even
+
+
+def test_a_patch_knows_its_picture_before_it_is_made() -> None:
+    pictures = [replace(drawn(), image_rgb=np.full((48, 48, 3), 50 * i, np.uint8)) for i in range(3)]
+    patches = Patches(pictures, 16, STILL, seed=3)
+    shown = [int(patches[i][0][0, 0, 0]) // 50 for i in range(12)]
+    assert [patches.picture_of(i) for i in range(12)] == shown
+    assert len(set(shown)) == 3
+
+
+def test_a_semantic_picture_teaches_the_nucleus_map_alone() -> None:
+    whole = drawn((32, 32))
+    _, both, _ = Patches([whole], 32, STILL, seed=0)[0]
+    _, one, _ = Patches([replace(whole, semantic_only=True)], 32, STILL, seed=0)[0]
+    assert np.array_equal(one[0], both[0])
+    assert (one[1] == -1).all()
+    # whatever is predicted for the interior costs nothing, and is not changed
+    logits = torch.zeros(1, 2, 32, 32, requires_grad=True)
+    dice_focal(logits, torch.from_numpy(one)[None]).backward()
+    assert logits.grad is not None
+    assert torch.count_nonzero(logits.grad[0, 1]) == 0
+    assert torch.count_nonzero(logits.grad[0, 0]) == 32 * 32
+
+
+def test_patches_show_a_picture_at_every_resolution_of_the_range() -> None:
+    # a disk of 40 px radius, held at 0.25 and shown at 0.25 to 1 micron per pixel: its radius is 10 to 40 px
+    labels = cv2.circle(np.zeros((128, 128), np.int32), (64, 64), 40, 1, -1)
+    whole = Picture("disk", "all", np.zeros((128, 128, 3), np.uint8), labels)
+    patches = Patches([whole], 128, STILL, seed=0, factors=(0.25, 1.0))
+    # mirrored at its border, a small picture fills the patch: what counts is the share of the nucleus in its target
+    depth = [cv2.distanceTransform((patches[i][1][0] == 1).astype(np.uint8), cv2.DIST_L2, 5).max() for i in range(60)]
+    assert min(depth) == pytest.approx(10, abs=1.5)
+    assert max(depth) == pytest.approx(40, abs=3)
+    # evenly on a log scale: as many below 20 px as above, within what 60 draws vary by
+    assert np.mean([radius < 20 for radius in depth]) == pytest.approx(0.5, abs=0.2)
+
+
+def test_a_resized_picture_keeps_labels_and_what_is_ignored() -> None:
+    whole = replace(drawn((48, 48)), ignore=np.tri(48, dtype=bool))
+    half = resized(whole, 0.5)
+    assert half.image_rgb.shape == (24, 24, 3)
+    assert set(np.unique(half.labels)) == {0, 1, 2, 3, 4}
+    assert half.ignore is not None
+    assert half.ignore.mean() == pytest.approx(0.5, abs=0.03)
+    assert resized(whole, 1.0).image_rgb is whole.image_rgb

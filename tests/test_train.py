@@ -19,11 +19,12 @@ from nuguide.batches import Batch, Patches
 from nuguide.calibrate import calibrate
 from nuguide.datasets import Dataset, Entry
 from nuguide.guides import FrozenGuide, load_guide
+from nuguide.losses import dice_focal
 from nuguide.metrics import dice
 from nuguide.networks import fold_batch_norm
 from nuguide.normalize import StainNormalizer
 from nuguide.recipe import TrainOptions
-from nuguide.train import RESUME, KeepBest, Training, fit, note_epoch, seen
+from nuguide.train import RESUME, KeepBest, Training, fit, note_epoch, seen, training_pictures
 from nuguide.types import Sample, UserError
 
 LEARNS = TrainOptions(width=4, patch_px=64, epochs=3, steps_per_epoch=8, batch=4, lr=5e-3, precision="fp32")
@@ -147,8 +148,9 @@ class Cut(Exception):
 
 @pytest.mark.parametrize("when", ["between epochs", "within an epoch", "while the metrics are written"])
 def test_a_run_that_was_cut_continues_exactly(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # cut in or after its second epoch of three; drop-out acts on features and latent
-    options = dataclasses.replace(TINY, latent_dropout=0.2)
+    # cut in or after its second epoch of three; drop-out acts on features and latent, and what a run remembers beside
+    # its weights goes into their average and into what is drawn
+    options = dataclasses.replace(TINY, latent_dropout=0.2, ema=0.9, hard=1.0, deep_supervision=True)
     unbroken, cut = tmp_path / "unbroken", tmp_path / "cut"
     fit(drawn(0, 1), drawn(2), unbroken, options, progress=False)
 
@@ -200,6 +202,8 @@ def test_a_finished_run_is_left_as_it_is_and_others_are_refused(tmp_path: Path) 
     # nor does an option that came after it stand in its way
     noted = json.loads((out / "options.json").read_text())
     del noted["normalize_stain"], noted["augmentation"]["gain"]
+    for newer in ("ema", "hard", "semantic_only", "deep_supervision", "mpp_range"):
+        del noted[newer]
     (out / "options.json").write_text(json.dumps(noted))
     fit(tissue, tissue, out, options, progress=False)
     with pytest.raises(UserError, match="holds a run with other options"):
@@ -247,6 +251,67 @@ def test_cached_latents_and_deep_supervision_train_too(tmp_path: Path) -> None:
     assert spec.network_options["deep_supervision"] is True
     image = torch.zeros(1, 3, 40, 50)
     assert model(image, guide(image)).shape == (1, 2, 40, 50)
+
+
+def test_deep_supervision_counts_each_level_half_of_the_finer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    # five levels whose losses are 1, 0, 0, 0, 0 and 0, 0, 0, 0, 1: shares of 16/31 and 1/31
+    target = torch.ones(1, 1, 4, 4)
+    right, wrong = torch.full((1, 1, 4, 4), 30.0), torch.full((1, 1, 4, 4), -30.0)
+    whole = float(dice_focal(wrong, target))
+    losses = []
+    for worst in (0, 4):
+        heads = [wrong if level == worst else right for level in range(5)]
+        training = Training(torch.nn.Identity(), None, TINY)
+        monkeypatch.setattr(training, "forward", lambda *_, heads=heads: heads)
+        monkeypatch.setattr(training, "log", lambda *_, **__: None)
+        losses.append(float(training.training_step(Batch(torch.zeros(1, 3, 4, 4), target, None), 0)["loss"]))
+    assert losses == pytest.approx([whole * 16 / 31, whole / 31], rel=1e-4)
+
+
+def test_the_heads_of_deep_supervision_stay_out_of_the_model(tmp_path: Path) -> None:
+    options = dataclasses.replace(TINY, fusion="none", epochs=1, steps_per_epoch=1)
+    plain = fit(drawn(0), drawn(2), tmp_path / "plain", options, progress=False)
+    deep = dataclasses.replace(options, deep_supervision=True, start=str(plain))
+    model, _, spec = checkpoint.load(fit(drawn(0), drawn(2), tmp_path / "deep", deep, progress=False))
+    assert spec.network_options == {"width": 1}
+    assert not any("side_heads" in name for name in model.state_dict())
+    trained = torch.load(tmp_path / "deep" / RESUME, weights_only=True)["state_dict"]
+    assert sum("side_heads" in name for name in trained) == 8         # four heads' weights and biases
+    with pytest.raises(UserError, match="no model can be built with these options: .*deep_supervision"):
+        fit(drawn(0), drawn(2), tmp_path / "no", dataclasses.replace(deep, network="unet", start=None), progress=False)
+
+
+def test_the_average_of_the_weights_is_what_is_validated_and_kept(tmp_path: Path) -> None:
+    options = dataclasses.replace(TINY, fusion="none", epochs=1, ema=0.9)
+    model, _, _ = checkpoint.load(fit(drawn(0), drawn(2), tmp_path / "out", options, progress=False))
+    last = torch.load(tmp_path / "out" / RESUME, weights_only=True)
+    average = last["callbacks"]["WeightAverage"]
+    assert average["steps"] == 3
+    kept = model.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in average["average"].items())
+    own = {name.removeprefix("model."): value for name, value in last["state_dict"].items()}
+    assert not torch.equal(kept["head.weight"], own["head.weight"])
+    assert torch.allclose(kept["head.weight"], own["head.weight"], atol=0.02)
+
+
+def test_data_sets_of_semantic_truth_are_named(tmp_path: Path) -> None:
+    both = [*drawn(0), Dataset("outlined", list(drawn(1)[0].entries), "CC0")]
+    named = dataclasses.replace(TINY, semantic_only=("outlined",))
+    assert [p.semantic_only for p in training_pictures(both, named)] == [False, True]
+    with pytest.raises(UserError, match="--semantic-only outlines: no such training data; choose from drawn, outlined"):
+        training_pictures(both, dataclasses.replace(TINY, semantic_only=("outlines",)))
+    with pytest.raises(UserError, match="nothing would teach to tell nuclei apart"):
+        fit(drawn(0), drawn(2), tmp_path / "out", dataclasses.replace(TINY, semantic_only=("drawn",)), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_range_of_resolutions_is_drawn_from_the_finest(tmp_path: Path) -> None:
+    options = dataclasses.replace(TINY, fusion="none", epochs=1, steps_per_epoch=1, mpp_range=(0.25, 1.0))
+    (fine,) = training_pictures(drawn(0), options)
+    assert fine.labels.shape == (192, 192)                  # drawn at 96 px of 0.5 microns
+    _, _, spec = checkpoint.load(fit(drawn(0), drawn(2), tmp_path / "out", options, progress=False))
+    assert spec.mpp == 0.5
+    assert spec.int8_ranges
 
 
 def test_training_goes_on_from_another_models_weights(run: SimpleNamespace, tmp_path: Path) -> None:
@@ -371,6 +436,10 @@ def test_options_that_name_what_there_is_not_are_refused(tmp_path: Path, changes
         ({"mpp": -1.0}, "mpp must be positive, not -1.0"),
         ({"patch_px": 100}, "patch_px must be a multiple of 32, not 100"),
         ({"context_px": -32}, "context_px must be a multiple of 32, not -32"),
+        ({"ema": 1.0}, "ema must be 0 or more and below 1, not 1.0"),
+        ({"hard": -1.0}, "hard must lie between 0 and 4, not -1.0"),
+        ({"mpp_range": (1.0, 0.25)}, "mpp_range must rise from above 0, not 1.0 to 0.25"),
+        ({"mpp_range": (0.25, 1.0), "latents": "cached"}, "mpp_range needs latents live"),
     ],
 )
 def test_options_out_of_range_are_refused(changes: dict, says: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset, Sampler
 from .augment import Augmentation, augment, recolor
 from .guides import CELLS_PX, FrozenGuide
 from .guides.fitting import MEAN
-from .instances import IGNORED, targets
+from .instances import CHANNELS, IGNORED, targets
 from .latents import LatentCache, RegionLatents
 from .normalize import StainNormalizer
 from .resample import resampled_size, resize_image, resize_labels
@@ -40,6 +41,7 @@ class Picture:
     """One annotated image at the network's resolution.
 
     image_rgb is (H, W, 3) uint8, labels (H, W) int32; ignore, (H, W) bool or None, is True where nothing is taught.
+    Of a picture that is `semantic_only` the nucleus map is taught, but not which nucleus a pixel belongs to.
     """
 
     id: str
@@ -47,6 +49,7 @@ class Picture:
     image_rgb: np.ndarray
     labels: np.ndarray
     ignore: np.ndarray | None = None
+    semantic_only: bool = False
 
     @property
     def taught(self) -> np.ndarray:
@@ -66,6 +69,15 @@ def picture(
     return Picture(sample.id, sample.group, image if stain is None else stain.apply(image), labels, ignore)
 
 
+def resized(drawn: Picture, factor: float) -> Picture:
+    """The picture with sides `factor` times as long."""
+    size = resampled_size(drawn.labels.shape, factor, 1)  # pyright: ignore[reportArgumentType]
+    ignore = None if drawn.ignore is None else resize_labels(drawn.ignore, size)
+    return replace(
+        drawn, image_rgb=resize_image(drawn.image_rgb, size), labels=resize_labels(drawn.labels, size), ignore=ignore
+    )
+
+
 def drawing_weights(groups: Sequence[str], balance: float) -> np.ndarray:
     """How often to draw each picture, summing to 1: in proportion to its group's size to the power of -`balance`.
 
@@ -76,13 +88,31 @@ def drawing_weights(groups: Sequence[str], balance: float) -> np.ndarray:
     return weights / weights.sum()
 
 
+def harder(weights: np.ndarray, recent: np.ndarray, power: float) -> np.ndarray:
+    """How often to draw each picture, summing to 1: `weights`, more for those of high recent loss.
+
+    Each weight is multiplied by the picture's loss over the mean loss, to the given power, but by no more than 4 and no
+    less than 1/4. Pictures whose loss is not known yet (nan) count as the mean.
+    """
+    known = ~np.isnan(recent)
+    mean = recent[known].mean() if known.any() else 0.0
+    if mean <= 0:
+        return weights
+    relative = np.where(known, recent, mean) / mean
+    weights = weights * np.clip(relative**power, 1 / 4, 4)
+    return weights / weights.sum()
+
+
 class Patches(Dataset):
-    """Patch number i of a run, for any i: the picture and its augmentation are drawn from (seed, i) alone.
+    """Patch number i of a run, for any i: the picture and its augmentation are drawn from (seed, i) alone, and from the
+    `weights` that the pictures have at the time.
 
     Args:
         pictures: what to draw from. patch_px: side of a patch.
         how: the augmentation. balance: see `drawing_weights`.
         around: what each image shows beyond its patch on every side, in pixels, for the guide.
+        factors: least and greatest factor by which a picture is resized before a patch is drawn from it, evenly on a
+            log scale and in place of `how.scale`.
         guide, cache, pool: with a cache, each patch is cut on a fixed lattice and turned by quarter turns and flips
             only, and its latent, read from the cache, with it; color varies for the network alone.
     """
@@ -98,14 +128,18 @@ class Patches(Dataset):
         cache: LatentCache | None = None,
         pool: int | None = None,
         around: int = 0,
+        factors: tuple[float, float] | None = None,
     ):
-        self.pictures, self.patch_px, self.how, self.seed, self.around = pictures, patch_px, how, seed, around
+        self.pictures, self.patch_px, self.seed, self.around, self.factors = pictures, patch_px, seed, around, factors
+        self.how = how if factors is None else replace(how, scale=(1.0, 1.0))
         self.weights = drawing_weights([picture.group for picture in pictures], balance)
         self.guide, self.cache, self.pool = guide, cache, pool
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, Tensor | None]:
-        rng = np.random.default_rng([self.seed, index])
-        drawn = self.pictures[rng.choice(len(self.pictures), p=self.weights)]
+        number, rng = self._drawn(index)
+        drawn = self.pictures[number]
+        if self.factors is not None:
+            drawn = resized(drawn, math.exp(rng.uniform(*np.log(self.factors))))
         latent = None
         if self.cache is None:
             fill = MEAN if self.guide is not None and self.guide.scale == "region" else None
@@ -122,8 +156,19 @@ class Patches(Dataset):
             latent = torch.rot90(latent, turns, (1, 2))
             latent = latent.flip(2) if flip else latent
             image = recolor(image, rng, self.how)
-        return image, targets(labels), latent
+        target = targets(labels)
+        if drawn.semantic_only:
+            target[CHANNELS.index("interior")] = IGNORED
+        return image, target, latent
 
+    def _drawn(self, index: int) -> tuple[int, np.random.Generator]:
+        """The number of the picture that a patch is drawn from, and what draws the rest of it."""
+        rng = np.random.default_rng([self.seed, index])
+        return int(rng.choice(len(self.pictures), p=self.weights)), rng
+
+    def picture_of(self, index: int) -> int:
+        """The number of the picture that patch `index` is drawn from."""
+        return self._drawn(index)[0]
 
     def _region_patch(
         self, drawn: Picture, guide: FrozenGuide, cache: LatentCache, rng: np.random.Generator

@@ -33,6 +33,8 @@ class TrainOptions:
         latents: live lets the guide see each augmented patch; cached computes each latent once and varies patches only
             by quarter turns, flips and color, for guides too slow to run at every step.
         mpp: microns per pixel to train at.
+        mpp_range: least and greatest microns per pixel that patches are shown at, drawn evenly on a log scale, such as
+            0.25 1.0, in place of augmentation.scale; for images that may come at any resolution.
         exposure: bring every image to one exposure first.
         normalize_stain: macenko, reinhard or vahadane brings every image to the stain of the training images, measured
             over them and kept in the model; none.
@@ -47,6 +49,14 @@ class TrainOptions:
         weight_decay: of AdamW; 0 makes it Adam.
         schedule: cosine lets the learning rate fall to 1%, constant keeps it.
         balance: 0 draws every image alike, 1 every group alike.
+        hard: how strongly images of higher recent loss are drawn more often, from the second epoch on: in proportion to
+            that loss to this power, between a quarter and four times as often; 0 for not at all.
+        semantic_only: names of data sets whose nuclei are outlined but not told apart well: they teach the nucleus map
+            alone, not the interior.
+        deep_supervision: the coarser levels of unet3plus or eunet3plus learn to predict as well, each for half of what
+            the next finer one counts; they have no part in the model that is kept.
+        ema: decay of an average of the weights over the steps, which then is what is validated and kept, such as 0.999;
+            0 keeps the weights as they are. At step t the decay is at most (1 + t) / (10 + t).
         augmentation: how patches are varied.
         seed: of the initial weights, the patches and drop-out.
         precision: of training: auto, fp32 or bf16; auto takes bf16 where this machine is faster with it.
@@ -67,6 +77,7 @@ class TrainOptions:
     guide_scale: str = "tile"
     latents: str = "live"
     mpp: float = 0.5
+    mpp_range: tuple[float, float] | None = None
     exposure: bool = False
     normalize_stain: str = "none"
     patch_px: int = 128
@@ -78,6 +89,10 @@ class TrainOptions:
     weight_decay: float = 1e-4
     schedule: str = "cosine"
     balance: float = 0.5
+    hard: float = 0.0
+    semantic_only: tuple[str, ...] = ()
+    deep_supervision: bool = False
+    ema: float = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
     seed: int = 0
     precision: str = "auto"
@@ -96,6 +111,14 @@ class TrainOptions:
         for name in ("patch_px", "context_px"):         # the coarsest stride of networks and guides
             if getattr(self, name) < 0 or getattr(self, name) % 32:
                 raise UserError(f"{name} must be a multiple of 32, not {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"ema must be 0 or more and below 1, not {self.ema}")
+        if not 0 <= self.hard <= 4:
+            raise UserError(f"hard must lie between 0 and 4, not {self.hard}")
+        if self.mpp_range is not None and not 0 < self.mpp_range[0] < self.mpp_range[1]:
+            raise UserError(f"mpp_range must rise from above 0, not {self.mpp_range[0]} to {self.mpp_range[1]}")
+        if self.mpp_range is not None and self.latents == "cached":
+            raise UserError("mpp_range needs latents live: those in a cache are of one resolution")
 
     def noted(self) -> dict:
         """All options as plain JSON values."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import json
@@ -25,17 +26,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from . import checkpoint
-from .batches import Batch, Patches, Picture, Stretch, collate, picture
+from .batches import Batch, Patches, Picture, Stretch, collate, picture, resized
 from .calibrate import calibrate
+from .callbacks import HardExamples, WeightAverage
 from .checkpoint import ModelSpec
 from .datasets import Dataset
 from .guides import CELLS_PX, FrozenGuide, load_guide
 from .latents import LatentCache, RegionLatents
-from .losses import dice_focal
+from .losses import dice_focal, focal_loss
 from .machine import choose_device, choose_precision, keep_freed_memory
 from .metrics import dice
 from .networks import fold_batch_norm
 from .networks.blocks import cropped, pad_to_stride
+from .networks.unet3plus import UNet3Plus
 from .normalize import StainNormalizer
 from .recipe import TrainOptions
 from .resample import resampled_size, resize_image
@@ -89,14 +92,20 @@ class Training(lightning.LightningModule):
         if self.frozen[0] is not None:
             self.frozen[0].to(self.device)
 
-    def training_step(self, batch: Batch, _index: int) -> Tensor:
+    def training_step(self, batch: Batch, _index: int) -> dict[str, Tensor]:
+        """The loss and, where hard pictures are to be drawn more often, what each patch brings to it."""
         # drop-out's draws depend on the seed and the step alone, so a resumed run equals an unbroken one
         torch.manual_seed(self.options.seed * 1_000_003 + self.global_step)
         logits = self(*seen(batch, self.frozen[0]))
         heads = logits if isinstance(logits, list) else [logits]
-        loss = torch.stack([dice_focal(head, batch.target) for head in heads]).mean()
+        shares = [0.5**level for level in range(len(heads))]        # the coarser a level, the less its loss counts
+        losses = [share * dice_focal(head, batch.target) for share, head in zip(shares, heads, strict=True)]
+        loss = torch.stack(losses).sum() / sum(shares)
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
-        return loss
+        if not self.options.hard:
+            return {"loss": loss}
+        patches = zip(heads[0].detach().float(), batch.target, strict=True)
+        return {"loss": loss, "each": torch.stack([focal_loss(patch, target) for patch, target in patches])}
 
     def validation_step(self, batch: tuple[Tensor, np.ndarray], _index: int) -> None:
         image, labels = batch
@@ -141,8 +150,8 @@ def seen(batch: Batch, guide: nn.Module | None) -> tuple[Tensor, Tensor | None]:
 class KeepBest(Callback):
     """Writes the model folder whenever validation Dice is the best so far, metrics and curves after every epoch."""
 
-    def __init__(self, folder: Path, spec: ModelSpec):
-        self.folder, self.spec = folder, spec
+    def __init__(self, folder: Path, spec: ModelSpec, deep_supervision: bool = False):
+        self.folder, self.spec, self.deep_supervision = folder, spec, deep_supervision
         self.best = -1.0
 
     def state_dict(self) -> dict[str, float]:
@@ -159,7 +168,8 @@ class KeepBest(Callback):
         origin = self.spec.origin | {"val_dice_at_training_resolution": round(score, 4), "epoch": trainer.current_epoch}
         model = pl_module.model
         assert isinstance(model, nn.Module)
-        checkpoint.save(self.folder / "model", model, dataclasses.replace(self.spec, origin=origin))
+        kept = without_side_heads(model) if self.deep_supervision else model
+        checkpoint.save(self.folder / "model", kept, dataclasses.replace(self.spec, origin=origin))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         scores = {name: float(trainer.callback_metrics[name]) for name in ("train_loss", "val_dice")}
@@ -167,6 +177,15 @@ class KeepBest(Callback):
             raise UserError(f"{self.folder}: the loss is no longer finite; train anew with a lower lr or in fp32")
         note_epoch(self.folder / "metrics.csv", {"epoch": trainer.current_epoch, "step": trainer.global_step, **scores})
         draw_curves(self.folder / "metrics.csv", self.folder / "curves.png")
+
+
+def without_side_heads(model: nn.Module) -> nn.Module:
+    """A copy of a model without the heads that deep supervision alone needs."""
+    model = copy.deepcopy(model)
+    for part in model.modules():
+        if isinstance(part, UNet3Plus):
+            part.side_heads = nn.ModuleList()
+    return model
 
 
 def note_epoch(metrics: Path, row: dict[str, float]) -> None:
@@ -244,6 +263,34 @@ def fit(
     device = choose_device(options.device)
     options = dataclasses.replace(options, precision=settled_precision(out, options.precision, device))
     lightning.seed_everything(options.seed, verbose=False)
+    model, guide, spec, stain = built(options, train, val)
+    semantic_only(options, train)
+    last = prepare_folder(out, options, resume)
+    pictures = training_pictures(train, options, stain)
+    unseen = pictures_of(val, options.mpp, options.exposure, stain)
+    loader, held = loaders(pictures, unseen, out, guide, options)
+    kept = [KeepBest(out, spec, options.deep_supervision)]
+    with lightning_quiet():
+        trainer = trainer_for(options, out, device, [*kept, *callbacks_of(options, loader.dataset)], progress)
+        try:
+            trainer.fit(
+                Training(model, guide, options), loader, held, ckpt_path=last, weights_only=True if last else None
+            )
+        except OSError as error:
+            raise UserError(f"{out}: the run was cut ({error}); repeat the command to go on from there") from error
+    if options.mpp_range is not None:
+        pictures = [resized(drawn, options.mpp_range[0] / options.mpp) for drawn in pictures]
+    return calibrate(out / "model", pictures, unseen, None if guide is None else guide.cpu())
+
+
+def built(
+    options: TrainOptions, train: Sequence[Dataset], val: Sequence[Dataset]
+) -> tuple[nn.Module, FrozenGuide | None, ModelSpec, StainNormalizer | None]:
+    """The model to train, its frozen guide, its spec, and the stain of the training images.
+
+    Raises:
+        UserError: the options fit no model, name something that there is not, or a start that does not fit.
+    """
     guide = None
     try:
         if options.fusion != "none":
@@ -253,42 +300,66 @@ def fit(
             raise ValueError(f"patch_px {options.patch_px} is more than the guide's region of {guide.image_px} px")
         stain = fitted_stain(options, train)
         spec = model_spec(options, guide, train, val, stain)
-        model = checkpoint.build(spec, None if guide is None else guide.channels)
+        sides = {"deep_supervision": True} if options.deep_supervision else {}
+        trained = dataclasses.replace(spec, network_options=spec.network_options | sides)
+        model = checkpoint.build(trained, None if guide is None else guide.channels)
         if options.start is not None:
             spec = started(model, spec, options.start, guide, val)
     except (ValueError, TypeError) as error:
         raise UserError(f"no model can be built with these options: {error}") from error
-    model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    last = prepare_folder(out, options, resume)
-    pictures, unseen = (pictures_of(part, options.mpp, options.exposure, stain) for part in (train, val))
-    loader, held = loaders(pictures, unseen, out, guide, options)
-    with lightning_quiet():
-        trainer = lightning.Trainer(
-            max_epochs=options.epochs,
-            accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=1,
-            precision="bf16-mixed" if options.precision == "bf16" else "32-true",
-            logger=TensorBoardLogger(out, name="tensorboard", version=""),
-            callbacks=[
-                KeepBest(out, spec),
-                ModelCheckpoint(
-                    out, filename="last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
-                ),
-                *([TQDMProgressBar(refresh_rate=1)] if progress else []),
-            ],
-            enable_progress_bar=progress,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            log_every_n_steps=1,
-            default_root_dir=out,
-        )
-        try:
-            trainer.fit(
-                Training(model, guide, options), loader, held, ckpt_path=last, weights_only=True if last else None
-            )
-        except OSError as error:
-            raise UserError(f"{out}: the run was cut ({error}); repeat the command to go on from there") from error
-    return calibrate(out / "model", pictures, unseen, None if guide is None else guide.cpu())
+    return model.to(memory_format=torch.channels_last), guide, spec, stain  # pyright: ignore[reportCallIssue]
+
+
+def callbacks_of(options: TrainOptions, patches: Any) -> list[Callback]:
+    """What the options ask to happen during training; to come after what keeps the best model."""
+    average = [WeightAverage(options.ema)] if options.ema else []
+    hard = [HardExamples(patches, options.batch, options.hard)] if options.hard else []
+    return [*average, *hard]
+
+
+def trainer_for(
+    options: TrainOptions, out: Path, device: torch.device, callbacks: list[Callback], progress: bool
+) -> lightning.Trainer:
+    """Lightning's trainer, which writes to OUT."""
+    last = ModelCheckpoint(
+        out, filename="last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
+    )
+    return lightning.Trainer(
+        max_epochs=options.epochs,
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        precision="bf16-mixed" if options.precision == "bf16" else "32-true",
+        logger=TensorBoardLogger(out, name="tensorboard", version=""),
+        callbacks=[*callbacks, last, *([TQDMProgressBar(refresh_rate=1)] if progress else [])],
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        default_root_dir=out,
+    )
+
+
+def semantic_only(options: TrainOptions, train: Sequence[Dataset]) -> set[str]:
+    """The names of the data sets that teach the nucleus map alone; UserError where one is none, or all of them do."""
+    names, there = set(options.semantic_only), {dataset.name for dataset in train}
+    if unknown := sorted(names - there):
+        raise UserError(f"--semantic-only {unknown[0]}: no such training data; choose from {', '.join(sorted(there))}")
+    if names == there:
+        raise UserError("--semantic-only names all training data, so nothing would teach to tell nuclei apart")
+    return names
+
+
+def training_pictures(
+    train: Sequence[Dataset], options: TrainOptions, stain: StainNormalizer | None = None
+) -> list[Picture]:
+    """What patches are drawn from: all samples at the finest resolution that patches are shown at."""
+    finest = options.mpp if options.mpp_range is None else options.mpp_range[0]
+    names = semantic_only(options, train)
+    return [
+        dataclasses.replace(drawn, semantic_only=dataset.name in names)
+        for dataset in train
+        for drawn in pictures_of([dataset], finest, options.exposure, stain)
+    ]
 
 
 def loaders(
@@ -299,8 +370,18 @@ def loaders(
     if guide is not None and options.latents == "cached":
         cache, pool = LatentCache(out / "latents", LATENTS_MAX_BYTES), options.patch_px // 16
     around = surroundings(guide, cache, options)
+    factors = None if options.mpp_range is None else (options.mpp_range[0] / options.mpp_range[1], 1.0)
     patches = Patches(
-        train, options.patch_px, options.augmentation, options.seed, options.balance, guide, cache, pool, around
+        train,
+        options.patch_px,
+        options.augmentation,
+        options.seed,
+        options.balance,
+        guide,
+        cache,
+        pool,
+        around,
+        factors,
     )
     steps = options.steps_per_epoch or math.ceil(len(train) / options.batch)
     return (
@@ -404,7 +485,7 @@ def started(
     if again := sorted({(d.name, group) for d in val for group in d.groups} & seen):
         names = ", ".join(f"{group} of {name}" for name, group in again[:4])
         raise UserError(f"{start}: was trained on {names}, so validating on it says nothing; hold out other groups")
-    model.load_state_dict(known.state_dict())
+    model.load_state_dict(model.state_dict() | known.state_dict())      # heads of deep supervision begin anew
     facts = {"model": start, "trained_on": before.origin.get("trained_on"), "options": before.origin.get("options")}
     return dataclasses.replace(spec, origin=spec.origin | {"started_from": facts})
 

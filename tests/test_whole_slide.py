@@ -369,3 +369,31 @@ def test_a_guide_that_sees_regions_has_them_at_fixed_places_of_the_slide(tmp_pat
     assert work._latent_of is not None
     for place in work.active:
         assert torch.equal(work._latent_of(layout.tile(*place)), of_image(layout.tile(*place)))
+
+
+def test_a_guide_sees_a_block_of_tiles_at_once_and_the_same_one_from_any_region(tmp_path):
+    """Tiles of 128 px in steps of 96 over 450 x 610 px are 5 x 7, regions of 2 tiles 2 x 3: each of the 5 rows of tiles
+    takes 4 passes, of tiles 0 and 1, 2, 3 and 4, 5 and 6. With a guide that sees its whole input, a region alone gives what it gives in a run.
+    """
+    seen = []
+
+    class Level(torch.nn.Module):
+        def forward(self, image):
+            seen.append(tuple(image.shape[-2:]))
+            return F.avg_pool2d(image, 32) + image.mean(dim=(2, 3), keepdim=True)
+
+    image = wide_tissue((450, 610), seed=12)
+    model = Predictor(ByColorGuided(), Level(), ModelSpec("unet"), precision="fp32", tile_px=128)
+    layout = Layout(**{**lay_out((450, 610), 0.5, model).to_dict(), "region_tiles": 2, "halo_px": 16})
+    work = SlideRegions(Held(image), layout, model)
+    store = PartStore(tmp_path, layout)
+    work.run(work.wanted, store, lambda region, count: None)
+    assert layout.tile_rows_columns == (5, 7)
+    assert len(work.wanted) == 6
+    assert len(seen) == 5 * 4
+    assert seen[0] == (320, 416)          # 128 rows and 224 columns of two tiles, and 192 of context
+    for region in work.wanted[::-1]:      # the last first: blocks that reach into the regions before are read anew
+        other = SlideRegions(Held(image), layout, model)
+        step = next(other.steps([region]))
+        part = other.part(region, window := other.read(step), other.maps(step, window))
+        assert part.table.equals(store.read(region).table)

@@ -43,6 +43,7 @@ from .types import Tile, UserError
 log = logging.getLogger(__name__)
 
 AHEAD = 2                   # regions read, or waiting to be written, at most
+BLOCK_TILES = 2             # side by side, that one pass of the guide serves
 CACHED_TILES = 512          # of 1.3 MB each: the last row of tiles of a slide of 450,000 px at 40x
 SAMPLE_PX, SAMPLES = 512, 9     # windows from which exposure and stain of a slide are measured
 WHITE = 255
@@ -310,17 +311,65 @@ class SlideRegions:
         self, places: Sequence[Place], window: Window
     ) -> Iterator[tuple[Place, np.ndarray]]:
         """The maps of tiles as fp16; those at the slide's border may be of another size, and go by themselves."""
+        latent_of = self._latents_in(window)
         for _, group in groupby(places, key=lambda place: self._tile_size(place)):
             some = list(group)
             tiles = [shifted(self.layout.tile(*place), window.top, window.left) for place in some]
-            maps = self.predictor.tile_maps(window.prepared_rgb, tiles, self._latents_in(window))
+            maps = self.predictor.tile_maps(window.prepared_rgb, tiles, latent_of)
             for place, values in zip(some, maps, strict=True):
                 yield place, values.astype(np.float16)
 
     def _latents_in(self, window: Window) -> Callable[[Tile], Tensor] | None:
-        """`_latent_of` for tiles in the pixels of a window."""
+        """What gives the latent of a tile in the pixels of a window; None where each tile is to ask for its own."""
         of_slide = self._latent_of
-        return None if of_slide is None else lambda tile: of_slide(shifted(tile, -window.top, -window.left))
+        if of_slide is not None:
+            return lambda tile: of_slide(shifted(tile, -window.top, -window.left))
+        guide = self.predictor.guide
+        if guide is None or resizes(guide) or self.predictor.flips:
+            return None
+        known: dict[Tile, Tensor] = {}
+
+        def part(tile: Tile) -> Tensor:
+            place = shifted(tile, -window.top, -window.left)
+            block = self._block(place.top // self.layout.stride_px, place.left // self.layout.stride_px)
+            if block not in known:
+                known[block] = self._block_latent(block, window)
+            latent = known[block]
+            stride = -(-(block.bottom - block.top) // PHASE_PX) * PHASE_PX // latent.shape[2]
+            rows, columns = (
+                slice((start - first) // stride, (start - first + -(-(stop - start) // PHASE_PX) * PHASE_PX) // stride)
+                for start, stop, first in ((place.top, place.bottom, block.top), (place.left, place.right, block.left))
+            )
+            return latent[:, :, rows, columns]
+
+        return part
+
+    def _block(self, row: int, column: int) -> Tile:
+        """The rectangle around the active tiles that share a pass of the guide with a tile, in grid pixels.
+
+        Blocks lie at fixed places, among the tiles of a row that a region computes anew where those before it are done.
+        A pass over more tiles would save more time, and take gigabytes.
+        """
+        side = self.layout.region_tiles
+        block = max(column - 1, 0) // side
+        first = block * side + (block > 0)
+        first += (column - first) // BLOCK_TILES * BLOCK_TILES
+        columns = range(first, min(first + BLOCK_TILES, (block + 1) * side + 1))
+        tiles = [self.layout.tile(row, j) for j in columns if (row, j) in self.active]
+        start, end = tiles[0], tiles[-1]
+        return Tile(start.top, start.left, end.bottom, end.right, start.top, start.left, end.bottom, end.right)
+
+    def _block_latent(self, block: Tile, window: Window) -> Tensor:
+        """The guide's latent (1, C, h, w) of a block, whose pixels are read where the window does not hold them."""
+        height, width = self.layout.grid_px
+        box = (
+            max(block.top - CONTEXT_PX, 0), max(block.left - CONTEXT_PX, 0),
+            min(block.bottom + CONTEXT_PX, height), min(block.right + CONTEXT_PX, width),
+        )
+        bottom, right = (window.top + window.image_rgb.shape[0], window.left + window.image_rgb.shape[1])
+        if window.top <= box[0] and window.left <= box[1] and box[2] <= bottom and box[3] <= right:
+            return self.predictor.latent(window.prepared_rgb, shifted(block, window.top, window.left))
+        return self.predictor.latent(self.prepare(self._pixels(*box)[0]), shifted(block, box[0], box[1]))
 
     @cached_property
     def _latent_of(self) -> Callable[[Tile], Tensor] | None:

@@ -373,7 +373,8 @@ def test_a_guide_that_sees_regions_has_them_at_fixed_places_of_the_slide(tmp_pat
 
 def test_a_guide_sees_a_block_of_tiles_at_once_and_the_same_one_from_any_region(tmp_path):
     """Tiles of 128 px in steps of 96 over 450 x 610 px are 5 x 7, regions of 2 tiles 2 x 3: each of the 5 rows of tiles
-    takes 4 passes, of tiles 0 and 1, 2, 3 and 4, 5 and 6. With a guide that sees its whole input, a region alone gives what it gives in a run.
+    takes 4 passes, of tiles 0 and 1, 2, 3 and 4, 5 and 6. With a guide that sees its whole input, a region alone gives
+    what it gives in a run.
     """
     seen = []
 

@@ -401,3 +401,11 @@ def test_formats_are_named_with_commas():
 def test_unknown_formats_are_refused_with_the_choices(text):
     with pytest.raises(UserError, match="--formats .*choose one or more of labels,geojson,csv,overlay"):
         parse_formats(text, ENDINGS)
+
+
+def test_a_summary_from_before_there_were_warnings_goes_on(tmp_path):
+    file = squares(tmp_path / "a.png")
+    run([file], tmp_path / "out", mpp=0.5)
+    summary = tmp_path / "out" / "summary.csv"
+    pd.read_csv(summary).drop(columns="warnings").to_csv(summary, index=False)
+    assert run([file], tmp_path / "out", mpp=0.5).skipped == 1

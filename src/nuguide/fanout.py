@@ -336,6 +336,7 @@ def read_summary(path: Path) -> dict[str, Row]:
     types = {field.name: str(field.type) for field in dataclasses.fields(Row)}
     try:
         table = pd.read_csv(path, dtype=types, keep_default_na=False)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        table = table if "warnings" in table else table.assign(warnings="")     # an older summary has none
         return {row["source"]: Row(**row) for row in table[list(types)].to_dict("records")}  # pyright: ignore[reportArgumentType]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: is no summary of ours; move it away or choose another --out") from error

@@ -50,7 +50,8 @@ def found_in(sample: Sample, predictor: Predictor, maps: np.ndarray, views: Sequ
     fine = enlarge(labels, maps[0], sample.labels.shape, predictor.separation.nucleus)  # pyright: ignore
     nuclei = Nuclei.found(fine, sample.image_rgb, resize_map(maps[0], fine.shape), sample.mpp)  # pyright: ignore
     index = nuclei.table["id"].to_numpy() - 1
-    rows = pd.DataFrame(features(nuclei.table, clarity(labels, maps[1])[index]), columns=list(FEATURES))
+    values = features(nuclei.table, clarity(labels, maps[1])[index])
+    rows = pd.DataFrame(dict(zip(FEATURES, values.T, strict=True)))
     rows["before"] = nuclei.table["probability"]
     if len(views):
         rows["agreement"] = agreement(labels, [predictor.label(*view) for view in views])[index]

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import dask
 import numpy as np
 import pytest
 import torch
@@ -30,6 +29,7 @@ from nuguide.slides.layout import Layout
 from nuguide.types import UserError
 
 distributed = pytest.importorskip("distributed")
+dask_config = pytest.importorskip("dask.config")
 
 pytestmark = [
     # a worker's sockets and event loop are let go of when the interpreter gets to it
@@ -203,7 +203,7 @@ def test_where_nothing_answers_or_dask_is_missing_one_line_says_so(drawn, tmp_pa
         said = capsys.readouterr().err.splitlines()[-1]
         assert said == f"nuguide: --scheduler {address}: nothing answers there; start it with: dask scheduler"
         # else all that this process computes with Dask from now on would ask a cluster that there is not
-        assert dask.config.get("scheduler", None) is None
+        assert dask_config.get("scheduler", None) is None
     monkeypatch.setitem(sys.modules, "distributed", None)
     assert nuguide(*command) == 2
     said = capsys.readouterr().err.splitlines()[-1]

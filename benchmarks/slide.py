@@ -1,7 +1,7 @@
 """Whole slides: seconds per mm2, shares of the stages, memory against size, seams, a naive loop, and a cluster.
 
     python benchmarks/slide.py growth [--sizes 8192x6144 16384x12288] [--network default|color]
-    python benchmarks/slide.py naive [--size 8192x6144]
+    python benchmarks/slide.py naive [--size 8192x6144] [--network default|color]
     python benchmarks/slide.py cluster [--size 16384x12288]
     python benchmarks/slide.py seams
     python benchmarks/slide.py plot LINES.jsonl PICTURE.png
@@ -13,7 +13,8 @@ Every measured run is a process of its own, whose peak memory the operating syst
   learned weights: with it a slide of 100000x80000 pixels and a million nuclei takes minutes, and everything but the
   network is what it always is.
 * naive: the same slide by a loop as one writes it first: read a tile, run the network (plain eager fp32), label,
-  append; polygons in a list, labels in an array of the size of the slide.
+  append; polygons in a list, labels in an array of the size of the slide. With the network "color" it shows the memory
+  that it takes on a large slide; times are compared with the default network.
 * cluster: the same slide by one and by two Dask workers of one thread each.
 * seams: a picture in regions against the same picture in one piece.
 """
@@ -47,6 +48,7 @@ from nuguide.predict import TILE_PX, Predictor
 HERE = Path(__file__).resolve()
 MPP = 0.25
 NAIVE_TILE_PX = 1024
+COLOR = ModelSpec("color", separation={"min_area_um2": 8.0})
 
 
 class ColorNetwork(nn.Module):
@@ -103,14 +105,14 @@ def growth(sizes: Sequence[str], network: str) -> Iterator[dict[str, Any]]:
             }
 
 
-def naive(size: str) -> Iterator[dict[str, Any]]:
+def naive(size: str, network: str) -> Iterator[dict[str, Any]]:
     """Ours and the loop on one slide."""
     with tempfile.TemporaryDirectory() as folder:
         path, truth = draw(Path(folder), size)
-        ours = measured("child", "ours", path, Path(folder) / "out")
-        loop = measured("child", "naive", path, Path(folder) / "naive")
+        ours = measured("child", "ours", path, Path(folder) / "out", "--network", network)
+        loop = measured("child", "naive", path, Path(folder) / "naive", "--network", network)
         yield {
-            **facts("naive"), **truth, "ours": ours, "naive": loop,
+            **facts("naive"), "network": network, **truth, "ours": ours, "naive": loop,
             "times_faster": round(loop["seconds"] / ours["seconds"], 2),
             "memory_share": round(ours["peak_mb"] / loop["peak_mb"], 2),
         }
@@ -136,8 +138,7 @@ def child_ours(path: Path, out: Path, network: str) -> dict[str, Any]:
     from nuguide import cli, slide_run
 
     if network == "color":
-        spec = ModelSpec("color", separation={"min_area_um2": 8.0})
-        predictor = Predictor(ColorNetwork(), None, spec, precision="fp32")
+        predictor = Predictor(ColorNetwork(), None, COLOR, precision="fp32")
         slide_run.predictor_for = lambda options: predictor  # pyright: ignore[reportAttributeAccessIssue]
     start = time.perf_counter()
     run_cli(cli, path, out, "--formats", "parquet,geojson.gz,heatmap")
@@ -177,8 +178,8 @@ def report(out: Path, path: Path, seconds: float) -> dict[str, Any]:
     }
 
 
-def child_naive(path: Path, out: Path) -> dict[str, Any]:
-    """The loop as one writes it first, with the shipped model."""
+def child_naive(path: Path, out: Path, network: str) -> dict[str, Any]:
+    """The loop as one writes it first."""
     import openslide
     import pandas as pd
     from scipy import ndimage
@@ -186,8 +187,9 @@ def child_naive(path: Path, out: Path) -> dict[str, Any]:
     from skimage.segmentation import watershed
 
     start = time.perf_counter()
-    model, guide, spec = checkpoint.load("default")
+    model, guide, spec = (ColorNetwork(), None, COLOR) if network == "color" else checkpoint.load("default")
     model.eval()
+    interior_from = spec.separation.get("interior", 0.5)
     slide = openslide.OpenSlide(str(path))
     width, height = slide.dimensions
     labels = np.zeros((height, width), np.uint32)
@@ -202,7 +204,7 @@ def child_naive(path: Path, out: Path) -> dict[str, Any]:
                 logits = model(image) if guide is None else model(image, guide(image))
             nucleus, interior = logits.sigmoid()[0].numpy()
             mask = nucleus > 0.5
-            seeds = label(mask & (interior > spec.separation["interior"]))
+            seeds = label(mask & (interior > interior_from))
             depth = np.asarray(ndimage.distance_transform_edt(mask))
             small_labels = watershed(-depth, seeds, mask=mask)
             here = cv2.resize(small_labels.astype(np.uint16), (NAIVE_TILE_PX,) * 2, interpolation=cv2.INTER_NEAREST)
@@ -305,7 +307,10 @@ def main() -> None:
     one.add_argument("--sizes", nargs="+", default=["8192x6144", "16384x12288"])
     one.add_argument("--network", choices=["default", "color"], default="default")
     for name, size in (("naive", "8192x6144"), ("cluster", "16384x12288")):
-        commands.add_parser(name).add_argument("--size", default=size)
+        one = commands.add_parser(name)
+        one.add_argument("--size", default=size)
+        if name == "naive":
+            one.add_argument("--network", choices=["default", "color"], default="default")
     commands.add_parser("seams")
     one = commands.add_parser("plot")
     one.add_argument("lines", type=Path)
@@ -322,14 +327,14 @@ def main() -> None:
     elif options.command == "child":
         run = {
             "ours": lambda: child_ours(options.slide, options.out, options.network),
-            "naive": lambda: child_naive(options.slide, options.out),
+            "naive": lambda: child_naive(options.slide, options.out, options.network),
             "cluster": lambda: child_cluster(options.slide, options.out, options.workers),
         }
         print(json.dumps(run[options.what]()))
     else:
         lines = {
             "growth": lambda: growth(options.sizes, options.network),
-            "naive": lambda: naive(options.size),
+            "naive": lambda: naive(options.size, options.network),
             "cluster": lambda: cluster(options.size),
             "seams": seams,
         }[options.command]()

@@ -123,6 +123,11 @@ def test_a_budget_scales_the_steps(budget: float, epochs: int, steps: int) -> No
     assert (found.epochs, found.steps_per_epoch) == (epochs, steps)
 
 
+def test_the_same_steps_in_fewer_epochs() -> None:
+    found = budgeted(dataclasses.replace(PAPER, batch=4), 40, 1.0, 10)
+    assert (found.epochs, found.steps_per_epoch) == (10, 50)
+
+
 def test_sets_that_are_missing_are_named(tmp_path: Path) -> None:
     (tmp_path / "cryonuseg").mkdir()
     with pytest.raises(UserError, match=r"holds no folder nuinsseg, conic; .*nuguide data check"):

@@ -20,8 +20,10 @@ import pytest
 import tifffile
 
 from conftest import PLAIN, draw_tissue, names, nuguide, segment
+from dicom_slides import write_dicom
 from drawn_slide import Truth, write_slide
 from fakes import ByColor
+from mrxs_slides import write_mrxs
 from nuguide import checkpoint, images, slide_run
 from nuguide.checkpoint import ModelSpec
 from nuguide.export import read_polygons
@@ -165,6 +167,22 @@ def test_the_slide_way_and_the_image_way_find_the_same_nuclei(tmp_path, pixels, 
     maps = tifffile.imread(out / "slide.ome.labels.ome.tif"), tifffile.imread(tmp_path / "image/slide.ome.labels.tif")
     assert ((maps[0] > 0) != (maps[1] > 0)).mean() < 1e-5         # the slide's maps are rounded to fp16
     assert panoptic_quality(*maps).pq > 0.999
+
+
+def test_scanners_formats_give_the_same_nuclei_counted_from_what_was_scanned(tmp_path, slide, pixels, out, model):
+    files = {
+        "slide": slide,
+        "level0": write_dicom(tmp_path / "dicom", [pixels, pixels[::4, ::4]], 0.5),
+        "scan": write_mrxs(tmp_path / "scan.mrxs", pixels, 0.5, at=(2, 4), grid=(12, 11)),
+    }
+    for file in files.values():
+        assert segment(file, out, model, "--formats", "csv,geojson", "--no-tissue-mask") == 0
+    expected, rings = table(out), read_polygons(out / "slide.geojson")
+    assert len(expected) > 150
+    for name in ("level0", "scan"):
+        pd.testing.assert_frame_equal(table(out, name), expected)
+        for ring, other in zip(rings, read_polygons(out / f"{name}.geojson"), strict=True):
+            np.testing.assert_array_equal(ring[0], other[0])
 
 
 def test_images_and_slides_of_one_folder_get_each_their_own_files(tmp_path, slide, out, model, capsys):

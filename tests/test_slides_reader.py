@@ -17,7 +17,9 @@ import pytest
 import tifffile
 from openslide import OpenSlideError
 
+from dicom_slides import write_dicom
 from drawn_slide import GLASS_RGB, Truth, write_slide
+from mrxs_slides import write_mrxs
 from nuguide.slides import reader, vendor
 from nuguide.slides.pyramid import PyramidSlide
 from nuguide.slides.reader import PlainSlide, open_slide
@@ -50,6 +52,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Truth]:
         folder / "planes.ome.tif", planes, photometric="minisblack", tile=(256, 256), metadata={"axes": "CYX"}
     )
     PIL.Image.fromarray(pixels).save(folder / "plain.png", dpi=(101_600, 101_600), compress_level=1)
+    write_dicom(folder / "dicom", [pixels, pixels[::4, ::4]], 0.25)
     return folder, truth
 
 
@@ -67,6 +70,7 @@ def whole(slide: Slide, level: int = 0) -> np.ndarray:
         ("pages.tif", VendorSlide, "generic-tiff", 2, 0.25),
         ("planes.ome.tif", PyramidSlide, "ome-tiff", 1, None),
         ("plain.png", PlainSlide, "png", 1, 0.25),
+        ("dicom/level0.dcm", VendorSlide, "dicom", 2, 0.25),
     ],
 )
 def test_every_format_gives_the_same_pixels(
@@ -93,6 +97,29 @@ def test_openslide_and_tifffile_agree_on_jpeg_and_on_every_level(drawn: tuple[Pa
             assert np.abs(whole(one, level).astype(int) - whole(other, level)).max() <= 2
     with open_slide(drawn[0] / "jpeg.ome.tif") as slide, open_slide(drawn[0] / "jpeg.svs") as other:
         assert np.array_equal(whole(slide), whole(other))
+
+
+def test_dicom_of_jpeg_tiles(drawn: tuple[Path, Truth], tmp_path: Path) -> None:
+    with open_slide(drawn[0] / "zlib.svs") as slide:
+        pixels = whole(slide)
+    with open_slide(write_dicom(tmp_path / "jpeg", [pixels, pixels[::4, ::4]], 0.25, jpeg=True)) as slide:
+        assert np.abs(whole(slide).astype(int) - pixels).mean() < 2
+        assert slide.objective_power == 40
+
+
+def test_mrxs_counts_from_what_was_scanned(drawn: tuple[Path, Truth], tmp_path: Path) -> None:
+    with open_slide(drawn[0] / "zlib.svs") as slide:
+        scan = slide.read(0, 0, 0, 1024, 1280)
+    with open_slide(write_mrxs(tmp_path / "scan.mrxs", scan, 0.25, at=(2, 4), grid=(14, 13))) as slide:
+        assert slide.format == "mirax"
+        assert slide.mpp == 0.25
+        assert slide.bounds_px == (256, 512)
+        assert slide.levels == levels_of([(1024, 1280), (512, 640)])
+        assert np.array_equal(whole(slide), scan)
+        halved = scan.reshape(512, 2, 640, 2, 3).mean((1, 3))
+        assert np.abs(whole(slide, 1) - halved).max() <= 0.5
+        assert np.array_equal(slide.read(0, -40, 1200, 100, 200)[40:, :80], scan[:60, 1200:])
+        assert (slide.read(0, -40, 1200, 100, 200)[:40] == 255).all()
 
 
 def test_nuclei_lie_where_the_truth_says(drawn: tuple[Path, Truth]) -> None:

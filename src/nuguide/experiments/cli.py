@@ -28,6 +28,7 @@ def run(
     split: Literal["grouped", "own"] = "grouped",
     only_folds: tuple[int, ...] = (),
     budget: float = 1.0,
+    epochs: int | None = None,
     width: int = PAPER.width,
     batch: int = PAPER.batch,
     patch_px: int = PAPER.patch_px,
@@ -53,6 +54,8 @@ def run(
             --sets conic.
         only_folds: Only these, counted from 0.
         budget: Factor on the steps of the papers' recipe (50 epochs).
+        epochs: At the most: the same steps in fewer, longer epochs. After each the model is validated, which takes
+            longer than a few steps where a set is small.
         width: Channels of the finest level.
         batch: Patches in a batch.
         patch_px: Side of a patch at 0.5 microns per pixel.
@@ -74,7 +77,7 @@ def run(
         latents=latents, seed=seed, device=device, precision=precision,
     )
     run_experiment(
-        chosen, open_sets(data_root, sets), out, Plan(base, guide, folds, only_folds, arms, budget, split),
+        chosen, open_sets(data_root, sets), out, Plan(base, guide, folds, only_folds, arms, budget, split, epochs),
         progress=sys.stderr.isatty(), said=lambda text: print(text, flush=True),
     )
     print(f"tables: nuguide-experiments tables --out {out}")

@@ -44,7 +44,8 @@ class Plan:
     Attributes:
         base: options that all arms share. guide: of the guided arms that name none.
         folds: how many, grouped. only_folds: if any, these alone. arms: if any, these alone, by name.
-        budget: factor on the steps of `base`.
+        budget: factor on the steps of `base`. epochs: at the most, of the same steps in all: what is between them
+            (validation, checkpoint) takes longer than a few steps on a small set.
         split: "grouped", or "own" for the one division that belongs to a data set (`splits.OWN_SPLITS`).
     """
 
@@ -55,6 +56,7 @@ class Plan:
     arms: Sequence[str] = ()
     budget: float = 1.0
     split: str = "grouped"
+    epochs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,11 @@ def divide(name: str, groups: Sequence[str], plan: Plan) -> list[Fold]:
         raise UserError(f"{name}: {error}; choose fewer with --folds") from error
 
 
-def budgeted(options: TrainOptions, images: int, budget: float) -> TrainOptions:
+def budgeted(options: TrainOptions, images: int, budget: float, most_epochs: int | None = None) -> TrainOptions:
     """The options with `budget` times their steps: fewer epochs, and at the least one step."""
     per_epoch = options.steps_per_epoch or -(-images // options.batch)
     steps = max(round(options.epochs * per_epoch * budget), 1)
-    epochs = max(min(options.epochs, steps // per_epoch), 1)
+    epochs = max(min(options.epochs, steps // per_epoch, most_epochs or options.epochs), 1)
     return dataclasses.replace(options, epochs=epochs, steps_per_epoch=max(steps // epochs, 1))
 
 
@@ -168,7 +170,7 @@ def run_arm(
     said: Callable[[str], None],
 ) -> Path:
     """Train and score one arm on one fold, unless that was done; its result file."""
-    options = budgeted(arm.recipe(plan.base, plan.guide), len(fold.train), plan.budget)
+    options = budgeted(arm.recipe(plan.base, plan.guide), len(fold.train), plan.budget, plan.epochs)
     result = place / f"{arm.name}.json"
     asked = options.noted()
     if result.is_file():

@@ -91,8 +91,9 @@ def densenet(k: int) -> int:
     return total
 
 
-def awgunet(k: int, classes: int) -> int:
-    """Skips of 3, 2k, 8k and 16k channels, 32k at the bottom, decoder levels of 2k, 4k, 8k and 16k."""
+def awgunet(w: int, classes: int) -> int:
+    """With k = w / 2: skips of 3, 2k, 8k and 16k channels, 32k at the bottom, decoder levels of 2k, 4k, 8k and 16k."""
+    k = w // 2
     total = densenet(k)
     for c in (3, 2 * k, 8 * k, 16 * k, 32 * k):
         narrow = max(c // 4, 8)
@@ -138,6 +139,11 @@ def hovernet(w: int, classes: int) -> int:
 def test_a_network_has_the_parameters_of_its_structure(size, width: int, classes: int) -> None:
     with torch.device("meta"):
         assert count(build_network(size.__name__, classes, width=width)) == size(width, classes)
+
+
+def test_the_width_of_awgunet_is_twice_a_growth_rate() -> None:
+    with pytest.raises(ValueError, match="must be even, not 3"):
+        build_network("awgunet", 2, width=3)
 
 
 def test_the_encoder_of_awgunet_is_the_published_densenet_121_up_to_its_third_block() -> None:

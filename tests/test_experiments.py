@@ -19,10 +19,10 @@ from nuguide.evaluate import read_scores
 from nuguide.experiments import run as runner
 from nuguide.experiments.beside import classical, otsu_watershed, people
 from nuguide.experiments.cli import main
-from nuguide.experiments.figures import bars, components, encodings, forest, panels, save, violins
+from nuguide.experiments.figures import bars, components, encodings, forest, panels, save, training_curves, violins
 from nuguide.experiments.run import Plan, budgeted, divide, folds_of, open_sets, run
 from nuguide.experiments.specs import EXPERIMENTS, PAPER, Arm, experiment
-from nuguide.experiments.tables import differences, latex, markdown, results, summary
+from nuguide.experiments.tables import curves, differences, latex, markdown, results, summary
 from nuguide.guides import GUIDES, load_guide
 from nuguide.metrics import Scores, score
 from nuguide.train import model_spec
@@ -157,6 +157,8 @@ def test_a_result_tells_how_it_was_made_and_scores_the_test_images_alone(ran: Pa
         assert (facts["arm"], facts["fold"], facts["seed"]) == ("cross", number, 0)
         assert facts["split_sha256"] == manifest.sha256
         assert facts["options"]["fusion"] == "cross"
+        assert [point["step"] for point in facts["curve"]] == [1, 2]
+        assert all(0 <= point["val_dice"] <= 1 and point["train_loss"] > 0 for point in facts["curve"])
         assert {field.name for field in dataclasses.fields(Scores)} <= set(document["images"][0])
         used = json.loads((ran / "cryonuseg" / f"fold{number}" / "cross" / "model" / "config.json").read_text())
         seen = [g for part in ("trained_on", "validated_on") for d in used["origin"][part] for g in d["groups"]]
@@ -205,7 +207,8 @@ def test_the_command_prints_tables_and_draws_figures(ran: Path, tmp_path: Path, 
     assert not ended.value.code
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         f"{table}.{kind}.png" for table, kinds in (
-            ("table1", ("bars", "violins")), ("table2", ("bars", "violins")), ("table3", ("bars", "violins"))
+            ("table1", ("bars", "violins", "curves")), ("table2", ("bars", "violins", "curves")),
+            ("table3", ("bars", "violins", "curves")),
         ) for kind in kinds
     } | {"table3.differences.png"}
     with pytest.raises(SystemExit) as ended:
@@ -282,6 +285,20 @@ def test_the_components_of_a_latent_of_one_direction_are_that_direction() -> Non
     assert [(picture[..., c].min(), picture[..., c].max()) for c in range(3)] == [(0, 255)] * 3
     figure = encodings({"one": guide, "two": guide}, {"drawn": image})
     assert len(figure.axes) == 3
+
+
+def test_curves_are_means_over_folds(tmp_path: Path) -> None:
+    for fold, loss in ((0, 0.5), (1, 0.7)):
+        made(tmp_path, "relu", fold, {f"{fold}": 0.5})
+        file = tmp_path / "cryonuseg" / f"fold{fold}" / "relu.json"
+        document = json.loads(file.read_text())
+        document["facts"]["curve"] = [{"step": 10, "train_loss": loss, "val_dice": 0.6}]
+        file.write_text(json.dumps(document))
+    table = curves(tmp_path, experiment("table2"))
+    assert table["fold"].tolist() == [0, 1]
+    loss, dice = training_curves(table, experiment("table2")).axes
+    assert [line.get_xydata().tolist() for line in loss.lines] == [[[10, pytest.approx(0.6)]]]
+    assert [line.get_ydata().tolist() for line in dice.lines] == [[0.6]]
 
 
 def test_panels_have_a_column_for_every_model() -> None:

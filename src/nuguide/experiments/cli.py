@@ -127,7 +127,7 @@ def figures(
     to: Path = Path("figures"),
     data_root: Path | None = None,
 ) -> int:
-    """Draw bars, violins and paired differences of all results; with --data-root, panels of images as well.
+    """Draw bars, violins, paired differences and training curves of all results; with --data-root, panels of images.
 
     Args:
         names: Which tables; all that have results where none is named.
@@ -135,7 +135,8 @@ def figures(
         to: Folder for the PNG files.
         data_root: Folder that holds the sets under their names.
     """
-    from .figures import bars, draw_panels, forest, save, violins
+    from .figures import bars, draw_panels, forest, save, training_curves, violins
+    from .tables import curves
 
     for name, (chosen, rows) in found(out, names).items():
         drawings: dict[str, Callable] = {"bars": bars, "violins": violins}
@@ -143,6 +144,9 @@ def figures(
             drawings["differences"] = forest
         for kind, draw in drawings.items():
             print(save(draw(rows, chosen), to / f"{name}.{kind}.png"))
+        went = curves(out, chosen)
+        if len(went):
+            print(save(training_curves(went, chosen), to / f"{name}.curves.png"))
         if data_root is not None:
             for path in draw_panels(chosen, out, data_root, to):
                 print(path)

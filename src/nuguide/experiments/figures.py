@@ -98,6 +98,30 @@ def forest(rows: pd.DataFrame, experiment: Experiment, metrics: tuple[str, ...] 
     return figure
 
 
+def training_curves(table: pd.DataFrame, experiment: Experiment) -> Figure:
+    """Training loss and validation Dice over steps, the mean over folds of each arm; a row a set.
+
+    Args:
+        table: of `tables.curves`; not empty.
+    """
+    sets = sorted(table["set"].unique())
+    figure = Figure(figsize=(9, 3 * len(sets)), layout="constrained")
+    grid = np.reshape(figure.subplots(len(sets), 2), (len(sets), 2))
+    for panels_of_set, set_name in zip(grid, sets, strict=True):
+        for axes, column, title in zip(
+            panels_of_set, ("train_loss", "val_dice"), ("training loss", "validation Dice"), strict=True
+        ):
+            for arm in experiment.arms:
+                of_arm = only(table, set=set_name, arm=arm.name)
+                if len(of_arm):
+                    mean = of_arm.groupby("step")[column].mean()
+                    axes.plot(mean.index, mean, marker=".", linewidth=1, label=arm.title)
+            axes.set(title=f"{set_name}: {title}", xlabel="step")
+            axes.grid(alpha=0.3)
+    grid[0, 1].legend(fontsize=7)
+    return figure
+
+
 def components(guide: FrozenGuide, image_rgb: np.ndarray, count: int = 3) -> np.ndarray:
     """The first principal components of a guide's latent of one image, as a picture.
 

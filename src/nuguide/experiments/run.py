@@ -10,6 +10,7 @@ that has a division of its own may be run on that instead: one fold.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import logging
@@ -159,6 +160,16 @@ def note_fold(place: Path, dataset: Dataset, fold: Fold) -> SplitManifest:
     return write_manifest(split, {name: [dataset.subset(getattr(fold, name))] for name in ("train", "val", "test")})
 
 
+def curve_of(folder: Path) -> list[dict[str, float]]:
+    """How a training run went: step, train_loss and val_dice after each epoch."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [
+        {"step": int(row["step"]), **{name: round(float(row[name]), 4) for name in ("train_loss", "val_dice")}}
+        for row in rows
+    ]
+
+
 def run_arm(
     arm: Arm,
     dataset: Dataset,
@@ -192,7 +203,7 @@ def run_arm(
         "arm": arm.name, "title": arm.title, "dataset": dataset.name, "fold": fold.number, "options": asked,
         "split_sha256": manifest.sha256, "seed": options.seed, "training_seconds": round(trained_s, 1),
         "code": f"nuguide {__version__}", "torch": torch.__version__, "numpy": np.__version__,
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(), "curve": curve_of(place / arm.name),
     })
     said(f"{name}: Dice {scores['dice'].mean():.3f}, AJI {scores['aji'].mean():.3f}, PQ {scores['pq'].mean():.3f}")
     return result

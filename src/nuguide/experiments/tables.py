@@ -33,6 +33,17 @@ def results(out: Path, experiment: Experiment) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else nothing
 
 
+def curves(out: Path, experiment: Experiment) -> pd.DataFrame:
+    """How the runs of an experiment went: set, arm, fold, step, train_loss, val_dice, one row an epoch."""
+    rows = []
+    for arm in experiment.arms:
+        for file in sorted(out.glob(f"*/fold*/{arm.name}.json")):
+            facts = json.loads(file.read_text())["facts"]
+            where = {"set": file.parts[-3], "arm": arm.name, "fold": facts["fold"]}
+            rows += [where | epoch for epoch in facts.get("curve", ())]
+    return pd.DataFrame(rows, columns=pd.Index(["set", "arm", "fold", "step", "train_loss", "val_dice"]))
+
+
 def summary(rows: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
     """One row an arm and set: the mean over images of each metric, and the deviation of the folds' means.
 

@@ -180,11 +180,11 @@ class AWGUNet(SegmentationNetwork):
 
         a_i = attention_i(h_i), i = 1 ... 5;   d5 = a5;   d_i = multikernel_i([smooth_up_i(d_(i+1)); a_i])
 
-    h1 is the image itself, h2 ... h5 the maps of `DenseNet121` with 2k, 8k, 16k and 32k channels; d4 ... d1 have 16k,
-    8k, 4k and 2k.
+    h1 is the image itself, h2 ... h5 the maps of `DenseNet121` with w, 4w, 8w and 16w channels; d4 ... d1 have 8w, 4w,
+    2w and w.
 
     Source: Roy, Pramanik, Kaplun, Antonov, Sarkar, "AWGUNet: Attention-aided wavelet guided U-Net for nuclei
-    segmentation in histopathology images", ISBI 2024, arXiv 2406.08425. There, k is 32 and the encoder starts from
+    segmentation in histopathology images", ISBI 2024, arXiv 2406.08425. There, w is 64 and the encoder starts from
     ImageNet's weights, which are not shipped: ours starts from random ones.
 
     Interpretation: the transposed convolution of the attention makes C channels, so what it gives has the shape of the
@@ -195,7 +195,7 @@ class AWGUNet(SegmentationNetwork):
 
     Args:
         classes: output channels.
-        width: growth rate k of the encoder.
+        width: channels w of the finest level, even; twice the growth rate of the encoder.
         activation: of the encoder (`ACTIVATIONS`). decoder_activation: of the decoder.
         dropout: probability of dropping a channel of the coarsest features before the attention.
     """
@@ -205,23 +205,25 @@ class AWGUNet(SegmentationNetwork):
     def __init__(
         self,
         classes: int,
-        width: int = 32,
+        width: int = 64,
         activation: str = "relu",
         decoder_activation: str = "relu",
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.encoder = DenseNet121(width, activation)
+        if width % 2:
+            raise ValueError(f"the width of AWGUNet is twice a growth rate, so it must be even, not {width}")
+        self.encoder = DenseNet121(width // 2, activation)
         self.bottleneck_channels = self.encoder.channels
         self.dropout = nn.Dropout2d(dropout)
-        skips = [3, 2 * width, 8 * width, 16 * width]
-        widths = [2 * width, 4 * width, 8 * width, 16 * width]
+        skips = [3, width, 4 * width, 8 * width]
+        widths = [width, 2 * width, 4 * width, 8 * width]
         self.attentions = nn.ModuleList(map(WaveletAttention, [*skips, self.bottleneck_channels]))
         self.ups, self.merges = nn.ModuleList(), nn.ModuleList()
         for skip, narrow, wide in zip(skips, widths, [*widths[1:], self.bottleneck_channels], strict=True):
             self.ups.append(SmoothUp(wide))
             self.merges.append(MultiKernel(2 * wide + skip, narrow, decoder_activation))
-        self.head = nn.Conv2d(2 * width, classes, 1)
+        self.head = nn.Conv2d(width, classes, 1)
 
     def encode(self, image: Tensor) -> list[Tensor]:
         return self.encoder(image)

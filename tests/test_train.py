@@ -323,8 +323,18 @@ def test_training_goes_on_from_another_models_weights(run: SimpleNamespace, tmp_
     assert all(torch.allclose(p, learned[name], atol=1e-6) for name, p in after[0].named_parameters())
     facts = after[2].origin["started_from"]
     assert [part["groups"] for part in facts["trained_on"]] == [["patient0", "patient1", "patient2", "patient3"]]
-    with pytest.raises(UserError, match="no start for this training: network_options is .*width.*4.* there"):
-        fit(drawn(4), run_val, tmp_path / "wide", dataclasses.replace(options, width=8), progress=False)
+    wide = checkpoint.load(
+        fit(drawn(4), run_val, tmp_path / "twice", dataclasses.replace(options, width=8), progress=False)
+    )
+    assert wide[2].network_options["width"] == 8
+    image = torch.from_numpy(drawn(12)[0][0].image_rgb.copy()).permute(2, 0, 1)[None].float()
+    with torch.no_grad():
+        logits = [Training(model, guide, options).eval()(image) for model, guide, _ in (before, wide)]
+    assert (logits[0] - logits[1]).abs().mean() < 0.05 * logits[0].abs().mean()      # batch norm has moved by a step
+    with pytest.raises(UserError, match="is 4 wide and cannot begin a training 6 wide: its channels do not all grow"):
+        fit(drawn(4), run_val, tmp_path / "wide", dataclasses.replace(options, width=6), progress=False)
+    with pytest.raises(UserError, match="no start for this training: network is 'eunet3plus' there, 'unet' here"):
+        fit(drawn(4), run_val, tmp_path / "wide", dataclasses.replace(options, network="unet"), progress=False)
     with pytest.raises(UserError, match="was trained on patient3 of drawn, so validating on it says nothing"):
         fit(drawn(4), drawn(3), tmp_path / "leak", options, progress=False)
     assert not (tmp_path / "wide").exists()

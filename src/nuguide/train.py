@@ -43,6 +43,7 @@ from .normalize import StainNormalizer
 from .recipe import TrainOptions
 from .resample import resampled_size, resize_image
 from .types import UserError
+from .widen import widen
 
 RESUME = "last.ckpt"
 LATENTS_MAX_BYTES = 8 * 2**30
@@ -478,16 +479,31 @@ def started(
     """
     known, _, before = checkpoint.load(start, guide)
     kind = ("network", "network_options", "fusion", "fusion_options", "levels", "guide", "guide_weights", "guide_scale")
-    if other := [name for name in kind if getattr(before, name) != getattr(spec, name)]:
+    width = {"width": spec.network_options["width"]}            # may grow
+    there = dataclasses.replace(before, network_options=before.network_options | width)
+    if other := [name for name in kind if getattr(there, name) != getattr(spec, name)]:
         told = ", ".join(f"{name} is {getattr(before, name)!r} there, {getattr(spec, name)!r} here" for name in other)
         raise UserError(f"{start}: no start for this training: {told}; train with the same")
     seen = {(part["name"], group) for part in before.origin.get("trained_on", []) for group in part["groups"]}
     if again := sorted({(d.name, group) for d in val for group in d.groups} & seen):
         names = ", ".join(f"{group} of {name}" for name, group in again[:4])
         raise UserError(f"{start}: was trained on {names}, so validating on it says nothing; hold out other groups")
-    model.load_state_dict(model.state_dict() | known.state_dict())      # heads of deep supervision begin anew
+    begin(model, known, before.network_options.get("width"), width["width"], start)
     facts = {"model": start, "trained_on": before.origin.get("trained_on"), "options": before.origin.get("options")}
     return dataclasses.replace(spec, origin=spec.origin | {"started_from": facts})
+
+
+def begin(model: nn.Module, known: nn.Module, narrow: int, wide: int, start: str) -> None:
+    """Give a model the weights of a known one, which may be narrower; heads of deep supervision begin anew."""
+    if narrow == wide:
+        model.load_state_dict(model.state_dict() | known.state_dict())
+        return
+    try:
+        widen(known, model)
+    except ValueError as error:
+        raise UserError(
+            f"{start}: is {narrow} wide and cannot begin a training {wide} wide: {error}; train with the same width"
+        ) from error
 
 
 def settled_precision(out: Path, name: str, device: torch.device) -> str:

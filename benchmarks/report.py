@@ -3,9 +3,9 @@
     python benchmarks/report.py            # rewrite
     python benchmarks/report.py --check    # exit 1 where a table or score differs from its result files
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is one of TABLES, and of those that tell of one
-model, such as `accuracy`, a model's name may follow it. Result files are what `nuguide evaluate --out` and the
-benchmarks print.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is one of TABLES. Of those that tell of one model,
+such as `accuracy`, a model's name may follow it; of `experiments` an experiment's, of `cross_validated` a set's. Result
+files are what `nuguide evaluate --out`, `nuguide-experiments run` and the benchmarks write.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import pandas as pd
 import robustness
 from nuguide import zoo
 from nuguide.evaluate import interval, paired, read_scores
+from nuguide.experiments.specs import experiment
+from nuguide.experiments.tables import markdown, results
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -387,6 +389,26 @@ def robust_limits() -> str:
     return "\n".join(rows)
 
 
+def experiments(name: str) -> str:
+    """The arms of an experiment of the papers, and their differences."""
+    chosen = experiment(name)
+    return markdown(results(RESULTS / "experiments", chosen), chosen)
+
+
+def cross_validated(name: str) -> str:
+    """A set, each group scored by a model that did not see it."""
+    rows = read_scores(RESULTS / f"cv.{name}.json")
+    classic = RESULTS / f"classical.{name}.json"
+    plain = read_scores(classic).set_index("id") if classic.is_file() else None
+    lines = ["| group | images | Dice | AJI | PQ | Dice, classical |", "|---|---|---|---|---|---|"]
+    for group, some in [*rows.groupby("group"), ("all", rows)]:
+        means = [some[metric].to_numpy() for metric in ("dice", "aji", "pq")]
+        cells = [with_interval(part) if group == "all" else f"{part.mean():.3f}" for part in means]
+        floor = "" if plain is None else f"{plain.loc[some['id'].tolist(), 'dice'].to_numpy().mean():.3f}"
+        lines.append(f"| {group} | {len(some)} | {' | '.join(cells)} | {floor} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "accuracy": accuracy, "guidance": guidance, "groups": groups, "screen": screen, "speed": speed, "seams": seams,
     "training": training, "flips": flips, "precision": precision, "models": models,
@@ -394,6 +416,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "instances": instances, "floods": floods, "average": average,
     "slide_growth": slide_growth, "slide_seams": slide_seams, "slide_beside": slide_beside,
     "robustness": robust, "robustness_limits": robust_limits,
+    "experiments": experiments, "cross_validated": cross_validated,
 }
 
 

@@ -72,7 +72,7 @@ def facts(name: str) -> dict[str, Any]:
 def measured(*arguments: object) -> dict[str, Any]:
     """What this script prints when it is run as a child with these arguments."""
     done = subprocess.run(
-        [sys.executable, str(HERE), *map(str, arguments)], capture_output=True, text=True, check=True,
+        [sys.executable, str(HERE), *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     return json.loads(done.stdout.splitlines()[-1])
@@ -189,7 +189,6 @@ def child_naive(path: Path, out: Path, network: str) -> dict[str, Any]:
     start = time.perf_counter()
     model, guide, spec = (ColorNetwork(), None, COLOR) if network == "color" else checkpoint.load("default")
     model.eval()
-    interior_from = spec.separation.get("interior", 0.5)
     slide = openslide.OpenSlide(str(path))
     width, height = slide.dimensions
     labels = np.zeros((height, width), np.uint32)
@@ -204,11 +203,11 @@ def child_naive(path: Path, out: Path, network: str) -> dict[str, Any]:
                 logits = model(image) if guide is None else model(image, guide(image))
             nucleus, interior = logits.sigmoid()[0].numpy()
             mask = nucleus > 0.5
-            seeds = label(mask & (interior > interior_from))
+            seeds = label(mask if network == "color" else mask & (interior > spec.separation["interior"]))
             depth = np.asarray(ndimage.distance_transform_edt(mask))
             small_labels = watershed(-depth, seeds, mask=mask)
             here = cv2.resize(small_labels.astype(np.uint16), (NAIVE_TILE_PX,) * 2, interpolation=cv2.INTER_NEAREST)
-            here = np.asarray(here)[: height - top, : width - left]
+            here = np.asarray(here)[: height - top, : width - left].astype(np.uint32)
             for one in regionprops(here):
                 y, x = one.centroid
                 rows.append({"x": left + x, "y": top + y, "area_um2": one.area * MPP**2, "solidity": one.solidity})

@@ -78,8 +78,9 @@ def gather(folder: Path, result: Path, what: str) -> None:
     options = documents[0]["facts"]["options"]
     folds = [{name: document["facts"][name] for name in ("fold", "val", "test")} for document in documents]
     write_scores(result, rows, {"what": what, "options": options, "folds": folds})
-    print(rows.groupby("group")[["dice", "aji", "pq"]].mean().round(3).to_string())
-    print(rows[["dice", "aji", "pq"]].mean().round(3).to_string())
+    shown = ["dice", "aji", "pq"]
+    print(rows.groupby("group")[shown].mean().round(3).to_string())
+    print(", ".join(f"{name} {rows[name].to_numpy().mean():.3f}" for name in shown))
 
 
 def main() -> None:

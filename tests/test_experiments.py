@@ -297,8 +297,8 @@ def test_curves_are_means_over_folds(tmp_path: Path) -> None:
     table = curves(tmp_path, experiment("table2"))
     assert table["fold"].tolist() == [0, 1]
     loss, dice = training_curves(table, experiment("table2")).axes
-    assert [line.get_xydata().tolist() for line in loss.lines] == [[[10, pytest.approx(0.6)]]]
-    assert [line.get_ydata().tolist() for line in dice.lines] == [[0.6]]
+    assert [np.asarray(line.get_xydata()).tolist() for line in loss.lines] == [[[10, pytest.approx(0.6)]]]
+    assert [np.asarray(line.get_ydata()).tolist() for line in dice.lines] == [[0.6]]
 
 
 def test_panels_have_a_column_for_every_model() -> None:

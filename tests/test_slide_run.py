@@ -28,6 +28,7 @@ from nuguide import checkpoint, images, slide_run
 from nuguide.checkpoint import ModelSpec
 from nuguide.export import read_polygons
 from nuguide.images import declared_px
+from nuguide.measure import COLUMNS_WITH_FLIPS
 from nuguide.metrics import panoptic_quality
 from nuguide.slide_run import Manifest, SlideJob, SlideOptions
 from nuguide.slides.parts import PartStore
@@ -183,6 +184,17 @@ def test_scanners_formats_give_the_same_nuclei_counted_from_what_was_scanned(tmp
         pd.testing.assert_frame_equal(table(out, name), expected)
         for ring, other in zip(rings, read_polygons(out / f"{name}.geojson"), strict=True):
             np.testing.assert_array_equal(ring[0], other[0])
+
+
+def test_with_flips_every_table_has_the_agreement(tmp_path, slide, out, model):
+    assert segment(slide, out, model, "--flips", "--formats", "parquet,csv,geojson") == 0
+    found = pd.read_parquet(out / "slide.parquet")
+    assert tuple(found.columns) == tuple(table(out).columns) == COLUMNS_WITH_FLIPS
+    assert found["agreement"].between(0, 1).all()
+    assert found["agreement"].mean() > 0.9
+    features = json.loads((out / "slide.geojson").read_text())["features"]
+    told = [feature["properties"]["measurements"]["Agreement of mirror images"] for feature in features]
+    assert told == pytest.approx(found["agreement"].tolist(), abs=1e-3)
 
 
 def test_images_and_slides_of_one_folder_get_each_their_own_files(tmp_path, slide, out, model, capsys):

@@ -17,6 +17,7 @@ from conftest import draw_tissue
 from fakes import ByColor, ByColorGuided, brightness
 from nuguide.checkpoint import ModelSpec
 from nuguide.instances import Separation, enlarge
+from nuguide.measure import COLUMNS_WITH_FLIPS
 from nuguide.predict import Predictor
 from nuguide.resample import resampled_size, resize_image
 from nuguide.slides.layout import Layout
@@ -267,7 +268,7 @@ def test_what_cannot_be_read_stops_the_run_or_is_left_out_and_noted(tmp_path):
     assert away.sum() == far.sum() > 100
 
 
-def test_flips_average_the_tile_and_its_mirror_images():
+def test_flips_give_the_maps_of_the_tile_and_of_its_mirror_images():
     """The network sees its surroundings evenly, so tiles inside the image differ by rounding alone; a map that rises
     from left to right is evened out.
     """
@@ -279,14 +280,41 @@ def test_flips_average_the_tile_and_its_mirror_images():
     model.flips = True
     flipped = model.tile_maps(image, tiles)
     for one, other, tile in zip(plain, flipped, tiles, strict=True):
-        assert one.shape == other.shape == (2, tile.bottom - tile.top, tile.right - tile.left)
-        inner = np.s_[:, 8:-8, 8:-8]
+        size = tile.bottom - tile.top, tile.right - tile.left
+        assert (one.shape, other.shape) == ((1, 2, *size), (4, 2, *size))
+        inner = np.s_[..., 8:-8, 8:-8]
+        assert np.array_equal(one[0], other[0])
         assert np.allclose(one[inner], other[inner], atol=1e-4)
     sided = predictor(128)
     sided.model.forward = lambda image: torch.cat([image[:, :1] * 0 + torch.arange(image.shape[3]) / 20 - 3] * 2, 1)
     sided.flips = True
-    even = sided.tile_maps(image, tiles[:1])[0]
+    even = sided.tile_maps(image, tiles[:1])[0].mean(0)
     assert np.allclose(even, even[:, :, ::-1], atol=1e-6)
+
+
+def test_with_flips_the_table_tells_how_far_the_mirror_images_agree(tmp_path):
+    """A network blind in the upper left corner of what it is given misses each corner in one of the four views."""
+    image = wide_tissue((448, 608), seed=4)
+    model = predictor(640)
+    forward, blind = model.model.forward, torch.zeros(448, 608, dtype=torch.bool)
+    blind[:150, :150] = True
+    model.model.forward = lambda image: torch.where(blind, -9.0, forward(image))
+    model.flips = True
+    layout = lay_out(image.shape[:2], 0.5, model)
+    store = PartStore(tmp_path, layout, COLUMNS_WITH_FLIPS)
+    work = SlideRegions(Held(image), layout, model)
+    work.run(work.wanted, store, lambda region, count: None)
+    table, _ = assembled(store)
+    assert tuple(table.columns) == COLUMNS_WITH_FLIPS
+    y, x = (table[f"centroid_{axis}_px"].to_numpy() for axis in "yx")
+    y, x, found = np.minimum(y, 448 - y), np.minimum(x, 608 - x), table["agreement"].to_numpy()
+    middle, corner = (y > 170) | (x > 170), (y < 130) & (x < 130)
+    assert middle.sum() > 50
+    assert corner.sum() > 10
+    assert found[middle] == pytest.approx(1, abs=0.02)
+    assert ((found[corner] > 0.45) & (found[corner] < 0.75)).all()     # the mean map's nuclei are a little smaller
+    alone = model.segment(image, 0.5).table
+    np.testing.assert_allclose(np.sort(alone["agreement"]), np.sort(found), atol=0.02)
 
 
 def test_exposure_is_measured_once_for_the_slide(tmp_path):

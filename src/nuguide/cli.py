@@ -84,8 +84,7 @@ def segment(
         precision: Of the network; auto takes what is fastest on this machine.
         batch: Tiles computed at once; more is faster on a GPU and needs more memory.
         flips: Average over the image and its three mirror images: a little more accurate, four times as slow.
-            Tables and QuPath detections of images (not of slides) then tell how far the four agree on each nucleus,
-            from 0 to 1.
+            Tables and QuPath detections then tell how far the four agree on each nucleus, from 0 to 1.
         min_probability: Leave out nuclei that are less likely than this to be ones that an annotator would draw too.
         overwrite: Do finished images again.
     """

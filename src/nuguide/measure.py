@@ -28,6 +28,7 @@ COLUMNS = (
     "probability",
 )
 AGREEMENT = "agreement"  # a further column, where mirror images were segmented too; see `confidence.agreement`
+COLUMNS_WITH_FLIPS = (*COLUMNS, AGREEMENT)
 
 _OPTICAL_DENSITY = -np.log10(np.maximum(np.arange(256), 1) / 255).astype(np.float32)
 

@@ -198,7 +198,9 @@ class Predictor:
     def tile_maps(
         self, image_rgb: np.ndarray, tiles: Sequence[Tile], latent_of: Callable[[Tile], Tensor] | None = None
     ) -> list[np.ndarray]:
-        """The maps of each tile (2, height, width) float32, not blended, of an image (H, W, 3) uint8 as `prepared`.
+        """The maps of each tile, not blended, of an image (H, W, 3) uint8 as `prepared`: (V, 2, height, width) float32.
+
+        V is 1; with `flips` there are those of the image and of each mirror image, turned back.
 
         What a tile gets depends on what lies within `CONTEXT_PX` of it, and on where it starts modulo `PHASE_PX`; not
         on which others come with it.
@@ -209,16 +211,13 @@ class Predictor:
         """
         if latent_of is not None and self.flips:
             raise ValueError("latents of one direction do not fit the mirror images")
-        if not self.flips:
-            return [maps for _, maps in self._map_tiles(image_rgb, list(tiles), None, latent_of)]
-        sizes = [(tile.bottom - tile.top, tile.right - tile.left) for tile in tiles]
-        total = [np.zeros((len(CHANNELS), *size), np.float32) for size in sizes]
-        for axes in MIRRORS:
+        views = []
+        for axes in MIRRORS if self.flips else MIRRORS[:1]:
+            image = np.ascontiguousarray(np.flip(image_rgb, axes))
             turned = [mirrored(tile, image_rgb.shape[:2], axes) for tile in tiles]
-            mapped = self._map_tiles(np.ascontiguousarray(np.flip(image_rgb, axes)), turned, None)
-            for sums, (_, maps) in zip(total, mapped, strict=True):
-                sums += np.flip(maps, tuple(axis + 1 for axis in axes)) / len(MIRRORS)
-        return total
+            mapped = self._map_tiles(image, turned, None, latent_of)
+            views.append([np.flip(maps, tuple(axis + 1 for axis in axes)) for _, maps in mapped])
+        return [np.stack(of_tile) for of_tile in zip(*views, strict=True)]
 
     def _map_tiles(
         self,

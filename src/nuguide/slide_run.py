@@ -19,6 +19,7 @@ import torch
 from . import __version__, export
 from .checkpoint import CONFIG, MODELS, WEIGHTS, model_folder
 from .fanout import Job, Row, Watch, joined, with_ending
+from .measure import COLUMNS, COLUMNS_WITH_FLIPS
 from .predict import Predictor, load
 from .quality import FINE_MPP, WINDOW_PX, WINDOWS
 from .slides.grid import Grid
@@ -102,6 +103,10 @@ class SlideTask:
     parts: Path
     options: SlideOptions
 
+    def store(self, opened: OpenedSlide) -> PartStore:
+        """Its parts."""
+        return PartStore(self.parts, opened.layout, COLUMNS_WITH_FLIPS if self.options.flips else COLUMNS)
+
 
 @dataclass
 class OpenedSlide:
@@ -183,7 +188,7 @@ def compute_regions(task: SlideTask, numbers: Sequence[int]) -> tuple[list[int],
     if task.options.threads:
         torch.set_num_threads(task.options.threads)
     opened = opened_for(task.path, task.path.stat().st_mtime_ns, task.options)
-    store = PartStore(task.parts, opened.layout)
+    store = task.store(opened)
     work = opened.regions(predictor_for(task.options), task.options.skip_bad)
     wanted = [opened.layout.regions[number] for number in numbers]
     work.run([region for region in wanted if not store.has(region)], store, lambda region, count: None)
@@ -218,7 +223,7 @@ class Here(Engine):
     ) -> Stages:
         """Compute the regions in order."""
         work = opened.regions(predictor_for(task.options), task.options.skip_bad)
-        work.run(regions, PartStore(task.parts, opened.layout), lambda region, count: done(1))
+        work.run(regions, task.store(opened), lambda region, count: done(1))
         return work.stages
 
 
@@ -296,7 +301,7 @@ class SlideJob(Job):
         with opened.slide:
             work = opened.regions(with_predictor, self.options.skip_bad)
             begin(task, opened, self.model, self.overwrite)
-            store = PartStore(task.parts, opened.layout)
+            store = task.store(opened)
             todo = [region for region in work.wanted if not store.has(region)]
             total, finished = len(work.wanted), len(work.wanted) - len(todo)
             again = f"; {finished} of {total} regions were done before" if finished else ""

@@ -488,7 +488,7 @@ def started(
     if again := sorted({(d.name, group) for d in val for group in d.groups} & seen):
         names = ", ".join(f"{group} of {name}" for name, group in again[:4])
         raise UserError(f"{start}: was trained on {names}, so validating on it says nothing; hold out other groups")
-    begin(model, known, before.network_options.get("width"), width["width"], start)
+    begin(model, known, before.network_options["width"], width["width"], start)
     facts = {"model": start, "trained_on": before.origin.get("trained_on"), "options": before.origin.get("options")}
     return dataclasses.replace(spec, origin=spec.origin | {"started_from": facts})
 

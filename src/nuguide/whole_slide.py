@@ -20,12 +20,13 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from .confidence import chance, clarity, features
+from .confidence import agreement, chance, clarity, features
 from .instances import CHANNELS, Separation, enlarge, separate
-from .measure import measure, outlines
+from .measure import AGREEMENT, COLUMNS, COLUMNS_WITH_FLIPS, measure, outlines
 from .predict import (
     CONTEXT_PX,
     MARGIN_PX,
+    MIRRORS,
     OVERLAP_PX,
     PHASE_PX,
     TILE_PX,
@@ -147,6 +148,11 @@ class SlideRegions:
     def __post_init__(self) -> None:
         self._kept: dict[Place, np.ndarray] = {}
 
+    @property
+    def views(self) -> int:
+        """How many maps there are of each place: 1, or with flips those of the mirror images, too."""
+        return len(MIRRORS) if self.predictor.flips else 1
+
     @cached_property
     def wanted(self) -> tuple[Region, ...]:
         """The regions in which there is something to do."""
@@ -228,7 +234,7 @@ class SlideRegions:
             users.subtract(places)
             kept.difference_update(place for place in places if not users[place])
             again = [place for place in missing if users[place]]
-            kept.update(again[: CACHED_TILES - len(kept)])
+            kept.update(again[: CACHED_TILES // self.views - len(kept)])
             yield Step(region, missing, frozenset(kept))
 
     def _finish(self, region: Region, window: Window, maps: np.ndarray, store: PartStore) -> int:
@@ -292,12 +298,12 @@ class SlideRegions:
         return image, bad
 
     def maps(self, step: Step, window: Window) -> np.ndarray:
-        """Probabilities (2, h, w) float32 of a region's window; 0 where no tile was computed."""
+        """Probabilities (`views`, 2, h, w) float32 of a region's window; 0 where no tile was computed."""
         start = time.perf_counter()
         known = self._kept | dict(self._computed(step.missing, window))
         box = step.region.window
-        total = np.zeros((len(CHANNELS), box.bottom - box.top, box.right - box.left), np.float32)
-        weights = np.zeros(total.shape[1:], np.float32)
+        total = np.zeros((self.views, len(CHANNELS), box.bottom - box.top, box.right - box.left), np.float32)
+        weights = np.zeros(total.shape[2:], np.float32)
         for place in step.region.tiles:
             if place in self.active:
                 self._add(self.layout.tile(*place), known[place], box, total, weights)
@@ -401,7 +407,7 @@ class SlideRegions:
         columns = ramp(tile.left, tile.right, width, overlap, margin)[inside[1]]
         weight = rows[:, None] * columns
         here = slice(top - box.top, bottom - box.top), slice(left - box.left, right - box.left)
-        total[:, *here] += values[:, *inside] * weight
+        total[..., *here] += values[..., *inside] * weight
         weights[here] += weight
 
     def part(self, region: Region, window: Window, maps: np.ndarray) -> Part:
@@ -418,7 +424,7 @@ class SlideRegions:
 
 
 def nuclei_of(
-    maps: np.ndarray,
+    views: np.ndarray,
     image_rgb: np.ndarray,
     box: Tile,
     layout: Layout,
@@ -429,10 +435,11 @@ def nuclei_of(
     """The nuclei in the maps of a region's window whose middle lies in its core and in all areas.
 
     Args:
-        maps: (2, h, w) float32 and image_rgb: (h, w, 3) uint8, both of the window `box`, in grid pixels.
+        views: (V, 2, h, w) float32 and image_rgb: (h, w, 3) uint8, both of the window `box`, in grid pixels. The nuclei
+            are those of the mean view; where there are several, the table says how far these agree, too.
         confidence: of `ModelSpec`.
     """
-    nucleus, interior = maps
+    nucleus, interior = views.mean(0) if len(views) > 1 else views[0]
     labels = separate(nucleus, interior, layout.grid_mpp, separation)
     ids, y, x = middles(labels)
     y, x = y + box.top, x + box.left
@@ -441,7 +448,7 @@ def nuclei_of(
         scale_y, scale_x = layout.grid_scale
         own[own] = area.holds((y[own] + 0.5) * scale_y, (x[own] + 0.5) * scale_x)
     if not own.any():
-        return Part.empty()
+        return Part.empty(COLUMNS if len(views) == 1 else COLUMNS_WITH_FLIPS)
     size = labels.shape[0] * layout.fine, labels.shape[1] * layout.fine
     # neighbors that others own are enlarged too, for they bound ours, and only then left out
     fine = enlarge(labels, nucleus, size, separation.nucleus)
@@ -461,6 +468,9 @@ def nuclei_of(
     table = measure(fine, enlarged_rgb, layout.fine_mpp, resize_map(nucleus, size), rings)
     if confidence:
         table["probability"] = chance(features(table, clarity(labels, interior)[index]), confidence)
+    if len(views) > 1:
+        alone = [separate(*maps, layout.grid_mpp, separation) for maps in views]  # pyright: ignore[reportCallIssue]
+        table[AGREEMENT] = agreement(labels, alone)[index]
     top, left = box.top * layout.fine, box.left * layout.fine
     fine_y, fine_x = layout.fine_scale
     for axis, start, scale in (("x", left, fine_x), ("y", top, fine_y)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,8 +27,8 @@ class Part:
     """The nuclei that one region owns, numbered from 1 within it.
 
     Attributes:
-        table: `measure.COLUMNS`; centroids in level-0 pixels (center of the first pixel at 0, 0) and in microns from
-            the same origin, areas and lengths in microns.
+        table: `measure.COLUMNS`, or those with flips; centroids in level-0 pixels (center of the first pixel at 0, 0)
+            and in microns from the same origin, areas and lengths in microns.
         rings: of each nucleus in the order of the table: (N, 2) float32 x, y in fine pixels of the whole slide, the
             center of the first at (0, 0); closed without repeating the first point; multiples of 0.5.
         labels: (h, w) int32 of the region's window in fine pixels, values as `id` in the table.
@@ -55,21 +55,26 @@ class Part:
         return replace(self, table=table, labels=labels, rings=[self.rings[row] for row in np.flatnonzero(kept)])
 
     @classmethod
-    def empty(cls) -> Part:
+    def empty(cls, columns: Sequence[str] = COLUMNS) -> Part:
         """Of a region without tissue."""
-        table = pd.DataFrame({name: np.zeros(0, np.int64 if name == "id" else np.float64) for name in COLUMNS})
-        return cls(table, [], np.zeros((0, 0), np.int32), 0, 0)
+        return cls(_table(np.zeros((0, len(columns))), columns), [], np.zeros((0, 0), np.int32), 0, 0)
+
+
+def _table(values: np.ndarray, columns: Sequence[str]) -> pd.DataFrame:
+    """A table of nuclei from its values (n, columns) float64."""
+    types = {name: np.int64 if name == "id" else np.float64 for name in columns}
+    return pd.DataFrame({name: values[:, i].astype(kind) for i, (name, kind) in enumerate(types.items())})
 
 
 class PartStore:
     """The parts of a slide, each a file of its own, written whole or not at all.
 
     Args:
-        folder: where they lie. layout: of the slide.
+        folder: where they lie. layout: of the slide. columns: of the tables of all parts.
     """
 
-    def __init__(self, folder: Path, layout: Layout):
-        self.folder, self.layout = folder, layout
+    def __init__(self, folder: Path, layout: Layout, columns: Sequence[str] = COLUMNS):
+        self.folder, self.layout, self.columns = folder, layout, tuple(columns)
 
     def path(self, region: Region) -> Path:
         """The file of a region."""
@@ -85,7 +90,7 @@ class PartStore:
         origin = np.array([part.left, part.top])
         halves = [np.rint(2 * (ring - origin)).astype(np.int16) for ring in part.rings]
         arrays = {
-            "table": part.table.to_numpy(np.float64).reshape(-1, len(COLUMNS)),
+            "table": part.table.to_numpy(np.float64).reshape(-1, len(self.columns)),
             "rings": np.concatenate(halves) if halves else np.zeros((0, 2), np.int16),
             "ring_lengths": np.array([len(ring) for ring in halves], np.int32),
             "place": np.array([part.top, part.left, *part.labels.shape], np.int64),
@@ -104,12 +109,9 @@ class PartStore:
             labels: whether the label map is unpacked, which takes most of the time; without, it is empty.
         """
         if not self.has(region):
-            return Part.empty()
+            return Part.empty(self.columns)
         with self._arrays(region) as arrays:
-            values = arrays["table"]
-            table = pd.DataFrame(
-                {name: values[:, i].astype(np.int64 if name == "id" else np.float64) for i, name in enumerate(COLUMNS)}
-            )
+            table = _table(arrays["table"], self.columns)
             top, left, height, width = (int(value) for value in arrays["place"])
             rings = arrays["rings"].astype(np.float32) / 2 + np.array([left, top], np.float32)
             return Part(

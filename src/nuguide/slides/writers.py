@@ -29,7 +29,6 @@ import pandas as pd
 import tifffile
 
 from .. import export
-from ..measure import COLUMNS
 from ..types import UserError
 from .heatmap import heatmap
 from .parts import Part, PartStore
@@ -37,7 +36,6 @@ from .windows import LabelWindows
 
 LABELS = "nuclei"               # the name of the label map in OME-Zarr
 MOST_SHAPES = 2_000_000         # of `write_spatialdata`, which holds shapes and table in memory
-_NO_ROWS = Part.empty().table
 _ROW_GROUP = 65_536
 _TIFF_TILE_PX, _ZARR_TILE_PX = 512, 1024
 _CLASSIC_TIFF_BYTES = 2**32 - 2**26     # beyond this, less some room for tags, a TIFF needs 64-bit offsets
@@ -79,17 +77,17 @@ class Writer(NamedTuple):
 def write_parquet(store: PartStore, path: Path, about: About) -> None:
     """The table of all nuclei as Parquet, with `facts` as JSON in the file's metadata under the key nuguide."""
     pyarrow, parquet = _library("pyarrow", "slides"), _library("pyarrow.parquet", "slides")
-    types = [(name, pyarrow.int64() if name == "id" else pyarrow.float64()) for name in COLUMNS]
+    types = [(name, pyarrow.int64() if name == "id" else pyarrow.float64()) for name in store.columns]
     schema = pyarrow.schema(types, metadata={"nuguide": json.dumps(facts(store, about))})
     with export.replacing(path) as file, parquet.ParquetWriter(file, schema, compression="zstd") as writer:
         for table in _row_groups(store):
-            writer.write_table(pyarrow.table({name: table[name].to_numpy() for name in COLUMNS}, schema=schema))
+            writer.write_table(pyarrow.table({name: table[name].to_numpy() for name in store.columns}, schema=schema))
 
 
 def write_csv(store: PartStore, path: Path, about: About) -> None:
     """The table of all nuclei as CSV, rounded as `export.write_table` rounds."""
     with export.replacing(path) as file:
-        export.write_rows(file, _NO_ROWS)
+        export.write_rows(file, Part.empty(store.columns).table)
         for table in _tables(store):
             export.write_rows(file, table, header=False)
 
@@ -355,7 +353,7 @@ def _shapes_and_table(store: PartStore) -> tuple[Any, Any]:
     models = importlib.import_module("spatialdata.models")
     transformations = importlib.import_module("spatialdata.transformations")
     scale = np.array(store.layout.fine_scale[::-1])
-    tables, polygons = [_NO_ROWS], []
+    tables, polygons = [Part.empty(store.columns).table], []
     for _, first, part in store.all(labels=False):
         tables.append(part.table.assign(id=part.table["id"] + first))
         rings = export.half_pixels(part.rings)
@@ -367,7 +365,7 @@ def _shapes_and_table(store: PartStore) -> tuple[Any, Any]:
     systems = {"global": transformations.Identity(), "microns": microns}
     geometry = np.concatenate(polygons) if polygons else np.zeros(0, object)
     shapes = geopandas.GeoDataFrame({"geometry": geometry}, index=pd.Index(table["id"], name="id"))
-    measured: list[str] = list(COLUMNS[1:])
+    measured = list(store.columns[1:])
     cells = anndata.AnnData(
         X=table[measured].to_numpy(),
         obs=pd.DataFrame(

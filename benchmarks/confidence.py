@@ -1,10 +1,11 @@
 """How far the probability of a nucleus can be trusted, before and after it is calibrated, and what agreement tells.
 
-    python benchmarks/confidence.py DATA             # a line of JSON a set; results/confidence.json and the picture
-    python benchmarks/confidence.py DATA --install   # and the coefficients into the default model's config.json
+    python benchmarks/confidence.py DATA             # a line of JSON a set; results/confidence.small.json and the picture
+    python benchmarks/confidence.py DATA --install   # and the coefficients into the model's config.json
+    python benchmarks/confidence.py DATA --model small-unguided --unseen    # results/confidence.small-unguided.json
 
-DATA holds nuinsseg, tnbc, cryonuseg and monuseg. The coefficients are fitted on the validation images of the default
-model (results/split.json), as `nuguide train` does. Nuclei of these images are scored by a fit that saw nothing of
+DATA holds nuinsseg, tnbc, cryonuseg and monuseg. The coefficients are fitted on the validation images of the shipped
+models (results/split.json), as `nuguide train` does. Nuclei of these images are scored by a fit that saw nothing of
 their organ or slide; those of the other sets by the fit of all. "Before" is the mean of the nucleus map over a nucleus,
 "after" the calibrated probability. A nucleus is matched where its IoU with an annotated one exceeds 0.5, at the image's
 own size.
@@ -24,7 +25,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from nuguide import checkpoint
+from nuguide import checkpoint, zoo
 from nuguide.batches import picture
 from nuguide.calibrate import Judged, confidence_of, judged
 from nuguide.cli import validation_part
@@ -167,13 +168,14 @@ def main() -> None:
     """Measure, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--install", action="store_true", help="write the coefficients into the default model")
+    parser.add_argument("--model", default="small", choices=zoo.names())
+    parser.add_argument("--install", action="store_true", help="write the coefficients into the model")
     parser.add_argument("--unseen", nargs="*", default=UNSEEN, help="sets that choose nothing")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "confidence.json")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "reliability.png")
+    parser.add_argument("--out", type=Path, help="results/confidence.MODEL.json")
+    parser.add_argument("--picture", type=Path, help="docs/images/reliability.MODEL.png; none with no --unseen")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    predictor = load("default", device="cpu", precision="fp32")
+    predictor = load(options.model, device="cpu", precision="fp32")
     split = ROOT / "results" / "split.json"
     parts = [validation_part(read_dataset(name, options.data / name), split) for name in VALIDATION]
     coefficients, judgments = validated(parts, predictor)
@@ -181,12 +183,14 @@ def main() -> None:
         judgments[name] = unseen(read_dataset(name, options.data / name), predictor, coefficients)
     for name, found in judgments.items():
         print(json.dumps({"benchmark": "confidence", "set": name, **found}))
-    document = {"model": "default", "precision": "fp32", "coefficients": coefficients, "sets": judgments}
-    with replacing(options.out) as file:
+    document = {"model": options.model, "precision": "fp32", "coefficients": coefficients, "sets": judgments}
+    with replacing(options.out or ROOT / "results" / f"confidence.{options.model}.json") as file:
         file.write((json.dumps(document, indent=1) + "\n").encode())
-    draw(judgments, {name: title for name, title in TITLES.items() if name in judgments}, options.picture)
+    if options.unseen or options.picture:
+        picture_path = options.picture or ROOT / "docs" / "images" / f"reliability.{options.model}.png"
+        draw(judgments, {name: title for name, title in TITLES.items() if name in judgments}, picture_path)
     if options.install:
-        folder = checkpoint.model_folder("default")
+        folder = checkpoint.model_folder(options.model)
         spec = dataclasses.replace(checkpoint.read_spec(folder), confidence=coefficients)
         with replacing(folder / checkpoint.CONFIG) as file:
             file.write((json.dumps(dataclasses.asdict(spec), indent=1) + "\n").encode())

@@ -321,9 +321,9 @@ def quality() -> str:
     return "\n".join([*lines, "", text])
 
 
-def confidence() -> str:
+def confidence(model: str = "small") -> str:
     """Errors of the probability of a nucleus, before and after it was calibrated."""
-    found = json.loads((RESULTS / "confidence.json").read_text())["sets"]
+    found = json.loads((RESULTS / f"confidence.{model}.json").read_text())["sets"]
     lines = [
         "| set | images | nuclei | matched | mean probability, before / after | ECE, before / after "
         "| Brier score, before / after | AUROC, before / after |",
@@ -342,7 +342,7 @@ def confidence() -> str:
 
 def agreement() -> str:
     """How well three numbers tell matched nuclei from others, with --flips."""
-    found = json.loads((RESULTS / "confidence.json").read_text())["sets"]
+    found = json.loads((RESULTS / "confidence.small.json").read_text())["sets"]
     head = ("set, `--flips`", "nuclei", "agreement", "probability, before", "probability, after")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, title in SETS.items():

@@ -4,6 +4,7 @@
     python benchmarks/slide.py naive [--size 8192x6144] [--network default|color]
     python benchmarks/slide.py cluster [--size 16384x12288]
     python benchmarks/slide.py seams
+    python benchmarks/slide.py all                       # all of these, on slides that take minutes
     python benchmarks/slide.py plot LINES.jsonl PICTURE.png
 
 Each prints JSON lines. Slides are drawn (drawn_slide.py): sizes are width x height in pixels at 0.25 microns per pixel.
@@ -278,6 +279,15 @@ def seams() -> Iterator[dict[str, Any]]:
     }
 
 
+def everything() -> Iterator[dict[str, Any]]:
+    """Every part, one after another."""
+    yield from growth(["8192x6144", "12288x10240"], "default")
+    yield from growth(["8192x6144", "16384x12288", "24576x18432"], "color")
+    yield from naive("12288x10240", "default")
+    yield from cluster("12288x10240")
+    yield from seams()
+
+
 def plot(lines: Path, picture: Path) -> None:
     """Memory and time against the area of tissue."""
     from matplotlib.figure import Figure
@@ -311,6 +321,7 @@ def main() -> None:
         if name == "naive":
             one.add_argument("--network", choices=["default", "color"], default="default")
     commands.add_parser("seams")
+    commands.add_parser("all")
     one = commands.add_parser("plot")
     one.add_argument("lines", type=Path)
     one.add_argument("picture", type=Path)
@@ -336,6 +347,7 @@ def main() -> None:
             "naive": lambda: naive(options.size, options.network),
             "cluster": lambda: cluster(options.size),
             "seams": seams,
+            "all": everything,
         }[options.command]()
         for line in lines:
             print(json.dumps(line), flush=True)

@@ -1,6 +1,6 @@
 """How far the probability of a nucleus can be trusted, before and after it is calibrated, and what agreement tells.
 
-    python benchmarks/confidence.py DATA             # a line of JSON a set; results/confidence.small.json and the picture
+    python benchmarks/confidence.py DATA             # a line of JSON a set; results/confidence.small.json, the picture
     python benchmarks/confidence.py DATA --install   # and the coefficients into the model's config.json
     python benchmarks/confidence.py DATA --model small-unguided --unseen    # results/confidence.small-unguided.json
 

@@ -17,7 +17,6 @@ from nuguide.augment import Augmentation
 from nuguide.batches import (
     Patches,
     Picture,
-    Stretch,
     collate,
     drawing_weights,
     harder,
@@ -136,14 +135,6 @@ def test_the_image_shows_what_lies_around_its_patch() -> None:
         assert image.shape == (96, 96, 3)
         assert np.array_equal(image[32:64, 32:64], alone[number][0])
         assert np.array_equal(target, alone[number][1])
-
-
-def test_the_epochs_of_a_run_use_each_patch_number_once() -> None:
-    sampler = Stretch(10)
-    assert len(sampler) == 10
-    assert list(sampler) == list(range(10))
-    sampler.set_epoch(2)
-    assert list(sampler) == list(range(20, 30))
 
 
 def test_collate_stacks_patches_with_channels_last_in_memory() -> None:

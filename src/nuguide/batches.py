@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from .augment import Augmentation, augment, recolor
 from .guides import CELLS_PX, FrozenGuide
@@ -210,23 +210,6 @@ def mirrored(image: np.ndarray, height: int, width: int) -> np.ndarray:
     if not below and not right:
         return image
     return np.pad(image, [(0, below), (0, right), *[(0, 0)] * (image.ndim - 2)], mode="symmetric")
-
-
-class Stretch(Sampler):
-    """The patch numbers of one epoch, so that a run resumed at an epoch draws what an unbroken one draws."""
-
-    def __init__(self, patches_per_epoch: int):
-        self.length, self.epoch = patches_per_epoch, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.epoch * self.length, (self.epoch + 1) * self.length))
 
 
 def collate(patches: Iterable[tuple[np.ndarray, np.ndarray, Tensor | None]]) -> Batch:

@@ -243,6 +243,8 @@ def train(
     val: tuple[str, ...] = (),
     val_fraction: float = 0.2,
     split_seed: int = 0,
+    devices: int = 1,
+    nodes: int = 1,
 ) -> int:
     """Train a model on annotated images.
 
@@ -260,6 +262,8 @@ def train(
         val_fraction: Share of the images to hold out.
         split_seed: Draws the groups that are held out: of 200 draws, the one whose images are as crowded with nuclei
             as all images are.
+        devices: Processes that share each batch on this machine, one for each GPU; on a CPU, one for each few cores.
+        nodes: Machines that do, with the same command started on each by SLURM (srun) or torchrun, and one disk.
     """
     from .datasets.splits import hold_out
 
@@ -280,12 +284,17 @@ def train(
         from .train import fit
     except ModuleNotFoundError as error:
         raise UserError(f"training needs {error.name}; install it with: pip install 'nuguide[train]'") from error
-    note_split(out, training, validation)
-    print(f"{sum(map(len, training))} images to train on, {sum(map(len, validation))} to validate on")
+    from .together import leads
+
+    if leads():
+        note_split(out, training, validation)
+        print(f"{sum(map(len, training))} images to train on, {sum(map(len, validation))} to validate on")
     try:
-        folder = fit(training, validation, out, options)
+        folder = fit(training, validation, out, options, devices=devices, nodes=nodes)
     except SystemExit as error:                       # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from error
+    if not leads():
+        return 0
     print(f"best model: {folder}\ncurves: {out / 'curves.png'}")
     print(f"use it: nuguide segment IMAGE --out DIR --model {folder}")
     return 0

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from . import checkpoint
-from .batches import Batch, Patches, Picture, Stretch, collate, picture, resized
+from .batches import Batch, Patches, Picture, collate, picture, resized
 from .calibrate import calibrate
 from .callbacks import HardExamples, WeightAverage
 from .checkpoint import ModelSpec
@@ -42,6 +42,7 @@ from .networks.unet3plus import UNet3Plus
 from .normalize import StainNormalizer
 from .recipe import TrainOptions
 from .resample import resampled_size, resize_image
+from .together import Share, Stretch, leads, mean_of_all, place
 from .types import UserError
 from .widen import widen
 
@@ -96,13 +97,15 @@ class Training(lightning.LightningModule):
     def training_step(self, batch: Batch, _index: int) -> dict[str, Tensor]:
         """The loss and, where hard pictures are to be drawn more often, what each patch brings to it."""
         # drop-out's draws depend on the seed and the step alone, so a resumed run equals an unbroken one
-        torch.manual_seed(self.options.seed * 1_000_003 + self.global_step)
+        number, count = place()
+        torch.manual_seed((self.options.seed * 1_000_003 + self.global_step) * count + number)
         logits = self(*seen(batch, self.frozen[0]))
         heads = logits if isinstance(logits, list) else [logits]
         shares = [0.5**level for level in range(len(heads))]        # the coarser a level, the less its loss counts
         losses = [share * dice_focal(head, batch.target) for share, head in zip(shares, heads, strict=True)]
         loss = torch.stack(losses).sum() / sum(shares)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
+        size = len(batch.image)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=size, sync_dist=count > 1)
         if not self.options.hard:
             return {"loss": loss}
         patches = zip(heads[0].detach().float(), batch.target, strict=True)
@@ -114,7 +117,8 @@ class Training(lightning.LightningModule):
         self.dice_per_image.append(dice(labels, found.cpu().numpy().astype(np.uint8)))
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val_dice", float(np.mean(self.dice_per_image)), prog_bar=True)
+        shared = place()[1] > 1
+        self.log("val_dice", mean_of_all(self.dice_per_image, self.device), prog_bar=True, sync_dist=shared)
         self.dice_per_image.clear()
 
     def configure_optimizers(self) -> Any:
@@ -166,6 +170,8 @@ class KeepBest(Callback):
         if trainer.sanity_checking or score <= self.best:
             return
         self.best = score
+        if not trainer.is_global_zero:
+            return
         origin = self.spec.origin | {"val_dice_at_training_resolution": round(score, 4), "epoch": trainer.current_epoch}
         model = pl_module.model
         assert isinstance(model, nn.Module)
@@ -176,6 +182,8 @@ class KeepBest(Callback):
         scores = {name: float(trainer.callback_metrics[name]) for name in ("train_loss", "val_dice")}
         if not math.isfinite(scores["train_loss"]):
             raise UserError(f"{self.folder}: the loss is no longer finite; train anew with a lower lr or in fp32")
+        if not trainer.is_global_zero:
+            return
         note_epoch(self.folder / "metrics.csv", {"epoch": trainer.current_epoch, "step": trainer.global_step, **scores})
         draw_curves(self.folder / "metrics.csv", self.folder / "curves.png")
 
@@ -243,6 +251,8 @@ def fit(
     options: TrainOptions | None = None,
     resume: bool = True,
     progress: bool = True,
+    devices: int = 1,
+    nodes: int = 1,
 ) -> Path:
     """Train a model; returns the folder OUT/model of the epoch with the best validation Dice.
 
@@ -252,6 +262,9 @@ def fit(
     Args:
         train, val: annotated data sets; no image should stand in both.
         resume: continue OUT if it holds an unfinished run with the same options.
+        devices, nodes: processes on each machine, and machines, that share every batch: one for a GPU each, or on CPUs.
+            Those that this process does not find running it starts, by the command line that it was started with. Only
+            the leading one (`together.leads`) writes and returns a calibrated model.
     Raises:
         UserError: OUT holds a run with other options or cannot be written, a data set is empty, an option names
             something that there is not, or the loss ceases to be finite.
@@ -262,23 +275,28 @@ def fit(
     if not any(len(d) for d in train) or not any(len(d) for d in val):
         raise UserError("training needs at least one image to train on and one to validate on; see --val-fraction")
     device = choose_device(options.device)
-    options = dataclasses.replace(options, precision=settled_precision(out, options.precision, device))
+    processes = devices * nodes
+    check_shares(options, val, processes)
+    options = dataclasses.replace(options, precision=settled_precision(out, options.precision, device, processes))
     lightning.seed_everything(options.seed, verbose=False)
     model, guide, spec, stain = built(options, train, val)
     semantic_only(options, train)
     last = prepare_folder(out, options, resume)
     pictures = training_pictures(train, options, stain)
     unseen = pictures_of(val, options.mpp, options.exposure, stain)
-    loader, held = loaders(pictures, unseen, out, guide, options)
+    loader, held = loaders(pictures, unseen, out, guide, options, processes)
     kept = [KeepBest(out, spec, options.deep_supervision)]
     with lightning_quiet():
-        trainer = trainer_for(options, out, device, [*kept, *callbacks_of(options, loader.dataset)], progress)
+        callbacks = [*kept, *callbacks_of(options, loader.dataset)]
+        trainer = trainer_for(options, out, device, callbacks, progress and leads(), devices, nodes)
         try:
             trainer.fit(
                 Training(model, guide, options), loader, held, ckpt_path=last, weights_only=True if last else None
             )
         except OSError as error:
             raise UserError(f"{out}: the run was cut ({error}); repeat the command to go on from there") from error
+    if not leads():
+        return out / "model"
     if options.mpp_range is not None:
         pictures = [resized(drawn, options.mpp_range[0] / options.mpp) for drawn in pictures]
     return calibrate(out / "model", pictures, unseen, None if guide is None else guide.cpu())
@@ -319,7 +337,8 @@ def callbacks_of(options: TrainOptions, patches: Any) -> list[Callback]:
 
 
 def trainer_for(
-    options: TrainOptions, out: Path, device: torch.device, callbacks: list[Callback], progress: bool
+    options: TrainOptions, out: Path, device: torch.device, callbacks: list[Callback], progress: bool, devices: int,
+    nodes: int,
 ) -> lightning.Trainer:
     """Lightning's trainer, which writes to OUT."""
     last = ModelCheckpoint(
@@ -328,7 +347,11 @@ def trainer_for(
     return lightning.Trainer(
         max_epochs=options.epochs,
         accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=1,
+        devices=devices,
+        num_nodes=nodes,
+        strategy="ddp" if devices * nodes > 1 else "auto",
+        use_distributed_sampler=False,          # ours know their share of each batch
+        sync_batchnorm=device.type == "cuda" and devices * nodes > 1,
         precision="bf16-mixed" if options.precision == "bf16" else "32-true",
         logger=TensorBoardLogger(out, name="tensorboard", version=""),
         callbacks=[*callbacks, last, *([TQDMProgressBar(refresh_rate=1)] if progress else [])],
@@ -364,9 +387,10 @@ def training_pictures(
 
 
 def loaders(
-    train: list[Picture], val: list[Picture], out: Path, guide: FrozenGuide | None, options: TrainOptions
+    train: list[Picture], val: list[Picture], out: Path, guide: FrozenGuide | None, options: TrainOptions,
+    processes: int = 1,
 ) -> tuple[DataLoader, DataLoader]:
-    """Batches to train on, drawn anew in every epoch, and whole images to validate on."""
+    """Batches to train on, drawn anew in every epoch, and whole images to validate on; of each this process's share."""
     cache = pool = None
     if guide is not None and options.latents == "cached":
         cache, pool = LatentCache(out / "latents", LATENTS_MAX_BYTES), options.patch_px // 16
@@ -386,8 +410,10 @@ def loaders(
     )
     steps = options.steps_per_epoch or math.ceil(len(train) / options.batch)
     return (
-        DataLoader(patches, batch_size=options.batch, sampler=Stretch(steps * options.batch), collate_fn=collate),
-        DataLoader(val, batch_size=1, collate_fn=one_image),  # pyright: ignore[reportArgumentType]
+        DataLoader(
+            patches, batch_size=options.batch // processes, sampler=Stretch(steps, options.batch), collate_fn=collate
+        ),
+        DataLoader(val, 1, sampler=Share(len(val)), collate_fn=one_image),  # pyright: ignore[reportArgumentType]
     )
 
 
@@ -506,8 +532,29 @@ def begin(model: nn.Module, known: nn.Module, narrow: int, wide: int, start: str
         ) from error
 
 
-def settled_precision(out: Path, name: str, device: torch.device) -> str:
-    """fp32 or bf16: what the run in OUT uses, if `auto` continues one, else what this machine runs best."""
+def check_shares(options: TrainOptions, val: Sequence[Dataset], processes: int) -> None:
+    """UserError where so many processes cannot share the work."""
+    if processes < 1:
+        raise UserError(f"--devices and --nodes must be 1 or more; together they are {processes}")
+    if processes == 1:
+        return
+    if options.batch % processes:
+        raise UserError(
+            f"--batch {options.batch} cannot be shared evenly by {processes} processes; choose a multiple of that"
+        )
+    if sum(map(len, val)) < processes:
+        raise UserError(f"{processes} processes need as many images to validate on; use fewer, or see --val-fraction")
+    if options.hard:
+        raise UserError("--hard needs one process, which sees the loss of every patch; leave out --devices and --nodes")
+
+
+def settled_precision(out: Path, name: str, device: torch.device, processes: int = 1) -> str:
+    """fp32 or bf16: what the run in OUT uses, if `auto` continues one, else what this machine runs best.
+
+    Several processes do not measure, for they might come to different answers: then it is bf16 on GPUs and fp32 else.
+    """
+    if name == "auto" and processes > 1:
+        return "bf16" if device.type == "cuda" else "fp32"
     if name == "auto" and (out / RESUME).is_file():
         with contextlib.suppress(OSError, ValueError, KeyError):
             name = json.loads((out / "options.json").read_text())["precision"]
@@ -527,7 +574,8 @@ def prepare_folder(out: Path, options: TrainOptions, resume: bool) -> Path | Non
                 raise UserError(f"{out}: holds a run with other options (options.json); choose another folder")
             torch.load(last, map_location="cpu", weights_only=True)
             return last
-        file.write_text(json.dumps(options.noted(), indent=1) + "\n")
+        if leads():
+            file.write_text(json.dumps(options.noted(), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another folder") from error
     except json.JSONDecodeError as error:

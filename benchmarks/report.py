@@ -304,7 +304,8 @@ def slide_beside() -> str:
             height, width = row["slide_px"]
             for key, called in names.items():
                 run = row[key]
-                lines.append(f"| {width:,} x {height:,} | {called} | {run['seconds']:.0f} | {run['peak_mb']:,} |")
+                seconds = "" if "note" in row else f"{run['seconds']:.0f}"
+                lines.append(f"| {width:,} x {height:,} | {called} | {seconds} | {run['peak_mb']:,} |")
     return "\n".join(lines)
 
 
@@ -426,6 +427,20 @@ def further() -> str:
     return "\n".join(lines)
 
 
+def errors() -> str:
+    """What the errors of the default model are, and what they cost in Dice."""
+    rows = [json.loads(line) for line in (RESULTS / "errors.jsonl").read_text().splitlines()]
+    kinds = list(rows[0]["share"])
+    head = ["set", "nuclei", *kinds, "invented, of those answered", "Dice", "of those seen", "outlined rightly"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        title = SETS[row["set"]] if row["model"] == "small" else f"CryoNuSeg: {row['model']}"
+        shares = [f"{100 * share:.0f}%" for share in (*row["share"].values(), row["invented"])]
+        dices = [f"{row[name]:.3f}" for name in ("dice", "of_those_seen", "outlined_rightly")]
+        lines.append(f"| {title} | {row['nuclei']:,} | {' | '.join([*shares, *dices])} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "accuracy": accuracy, "guidance": guidance, "groups": groups, "screen": screen, "speed": speed, "seams": seams,
     "training": training, "flips": flips, "precision": precision, "models": models,
@@ -434,6 +449,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "slide_growth": slide_growth, "slide_seams": slide_seams, "slide_beside": slide_beside,
     "robustness": robust, "robustness_limits": robust_limits,
     "experiments": experiments, "cross_validated": cross_validated, "further": further,
+    "errors": errors,
 }
 
 

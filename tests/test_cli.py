@@ -508,7 +508,7 @@ def test_training_without_its_extra_says_what_to_install(tmp_path, out, monkeypa
 
 
 def test_ctrl_c_while_training_returns_130(tmp_path, out, monkeypatch):
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         sys.exit(1)                                     # what Lightning makes of it
 
     monkeypatch.setattr("nuguide.train.fit", interrupted)

@@ -101,7 +101,9 @@ def test_a_worse_epoch_does_not_replace_a_better_one_even_after_a_resume(tmp_pat
         if epoch == 2:                                   # as from last.ckpt
             state, keeper = keeper.state_dict(), KeepBest(tmp_path, spec)
             keeper.load_state_dict(state)
-        trainer = SimpleNamespace(callback_metrics={"val_dice": score}, sanity_checking=False, current_epoch=epoch)
+        trainer = SimpleNamespace(
+            callback_metrics={"val_dice": score}, sanity_checking=False, current_epoch=epoch, is_global_zero=True
+        )
         keeper.on_validation_end(trainer, module)  # pyright: ignore[reportArgumentType]
     origin = checkpoint.read_spec(tmp_path / "model").origin
     assert (origin["epoch"], origin["val_dice_at_training_resolution"]) == (1, 0.7)

@@ -41,7 +41,7 @@ LATENT = torch.randn(2, GUIDE_CHANNELS, 3, 5, generator=torch.Generator().manual
 
 
 @pytest.mark.parametrize("factor", [2, 3])
-@pytest.mark.parametrize("name", ["unet", "unet3plus", "eunet3plus", "ddunet"])
+@pytest.mark.parametrize("name", ["unet", "unet3plus", "eunet3plus", "ddunet", "asppunet", "sharpunet"])
 def test_a_wider_network_begins_with_the_same_logits(name: str, factor: int) -> None:
     narrow = used(unguided(4, name), IMAGE)
     wide = widen(narrow, unguided(4 * factor, name)).eval()
@@ -82,6 +82,8 @@ def test_the_seed_draws_the_shares() -> None:
         (lambda: unguided(8), lambda: unguided(4), "do not all grow by the same whole factor"),
         (lambda: guided(4, "concat"), lambda: guided(8, "concat"), "do not all grow by the same whole factor"),
         (lambda: unguided(4, "unet"), lambda: unguided(8), "not of the same kind"),
+        (lambda: unguided(4, "awgunet"), lambda: unguided(8, "awgunet"), "transposed convolutions"),
+        (lambda: unguided(4, "hovernet"), lambda: unguided(8, "hovernet"), "grouped otherwise"),
     ],
 )
 def test_what_cannot_be_widened_is_refused(narrow, wide, told: str) -> None:

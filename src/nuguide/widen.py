@@ -21,13 +21,19 @@ def widen(narrow: nn.Module, wide: nn.Module, seed: int = 0) -> nn.Module:
         seed: of those shares.
 
     Raises:
-        ValueError: a tensor of the wide network is not r times as long along its sides as its counterpart, r being one
-            whole number for all, or equal to it: such as where channels are stacked with a guide's, which stay as many.
+        ValueError: transposed convolutions, or groups that differ; or a tensor of the wide
+            network is not r times as long along its sides as its counterpart, r being one whole number for all,
+            or equal to it: such as where channels are stacked with a guide's, which stay as many.
     """
     generator = torch.Generator().manual_seed(seed)
     old, new = narrow.state_dict(), wide.state_dict()
     if old.keys() != new.keys():
         raise ValueError("the two networks are not of the same kind")
+    for before, after in zip(narrow.modules(), wide.modules(), strict=True):
+        if isinstance(after, nn.ConvTranspose2d):
+            raise ValueError("transposed convolutions are not widened")
+        if isinstance(after, nn.Conv2d) and after.groups not in (before.groups, after.in_channels):
+            raise ValueError("its convolutions are grouped otherwise")
     factors = {
         after / before
         for name in new

@@ -399,7 +399,7 @@ def robust_limits() -> str:
 def experiments(name: str) -> str:
     """The arms of an experiment of the papers, and their differences."""
     chosen = experiment(name)
-    return markdown(results(RESULTS / "experiments", chosen), chosen)
+    return markdown(results(RESULTS / "experiments", chosen), chosen, RESULTS)
 
 
 def cross_validated(name: str) -> str:

@@ -252,6 +252,19 @@ def test_means_are_over_images_and_spreads_over_folds(tmp_path: Path) -> None:
     assert r"LeakyReLU & -- & -- \\" in latex(rows, experiment("table2"))
 
 
+def test_people_and_the_classical_method_stand_beside_the_arms_on_the_images_that_were_tested(tmp_path: Path) -> None:
+    made(tmp_path / "runs", "relu", 0, {"a": 0.5, "b": 0.7})
+    made(tmp_path / "runs", "annotator2", 0, {"a": 0.8, "b": 0.6, "of another fold": 0.1})
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    (tmp_path / "runs/cryonuseg/fold0/annotator2.json").rename(beside / "annotator2.cryonuseg.json")
+    chosen = experiment("table2")
+    text = markdown(results(tmp_path / "runs", chosen), chosen, beside)
+    assert "| second annotator | 2 |  | 0.700 | 0.700 | 0.700 | 0.700 | 0.700 | 0.700 |  |  |" in text
+    assert "classical" not in text                                                  # was not scored
+    assert "annotator" not in markdown(results(tmp_path / "runs", chosen), chosen)
+
+
 def test_no_results_make_empty_tables(tmp_path: Path) -> None:
     rows = results(tmp_path, experiment("table1"))
     assert rows.empty

@@ -99,6 +99,7 @@ def tables(
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     out: Path = Path("runs/experiments"),
     to: Path | None = None,
+    beside: Path | None = None,
 ) -> int:
     """Print the tables of all results as Markdown; with --to, write NAME.md and NAME.tex there.
 
@@ -106,12 +107,13 @@ def tables(
         names: Which tables; all that have results where none is named.
         out: Folder of the runs.
         to: Folder for the files.
+        beside: Folder of what nuguide-experiments beside wrote; people and the classical method get rows, too.
     """
     from ..export import replacing
     from .tables import latex, markdown
 
     for name, (chosen, rows) in found(out, names).items():
-        text = markdown(rows, chosen)  # pyright: ignore[reportArgumentType]
+        text = markdown(rows, chosen, beside)  # pyright: ignore[reportArgumentType]
         print(f"## {chosen.title}\n\n{text}\n")
         if to is not None:
             to.mkdir(parents=True, exist_ok=True)

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..evaluate import paired
+from ..evaluate import paired, read_scores
 from .specs import Experiment
 
 METRICS = {"dice": "Dice", "iou": "IoU", "dice_weighted": "Dice, weighted", "iou_weighted": "IoU, weighted",
            "aji": "AJI", "pq": "PQ"}
+BESIDE = {"annotator2": "second annotator", "annotator1_round2": "first annotator again",
+          "classical": "classical: hematoxylin, Otsu, watershed"}
 
 
 def only(rows: pd.DataFrame, **values: object) -> pd.DataFrame:
@@ -90,13 +92,24 @@ def differences(rows: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
     return pd.concat(lines, ignore_index=True)
 
 
+def standing_beside(folder: Path, set_name: str, ids: list[str]) -> list[tuple[str, pd.DataFrame]]:
+    """Title and image rows of people and the classical method on these images, of what `beside` wrote into a folder."""
+    files = {title: folder / f"{who}.{set_name}.json" for who, title in BESIDE.items()}
+    found = {title: read_scores(file) for title, file in files.items() if file.is_file()}
+    return [(title, rows.take(np.flatnonzero(np.isin(rows["id"], ids)))) for title, rows in found.items()]
+
+
 def cell(mean: float, spread: float) -> str:
     """0.812 or, where there are folds, 0.812 ± 0.021."""
     return f"{mean:.3f}" if pd.isna(spread) else f"{mean:.3f} ± {spread:.3f}"
 
 
-def markdown(rows: pd.DataFrame, experiment: Experiment) -> str:
-    """The table of an experiment, one part a set, and the paired differences below it."""
+def markdown(rows: pd.DataFrame, experiment: Experiment, beside: Path | None = None) -> str:
+    """The table of an experiment, one part a set, and the paired differences below it.
+
+    Args:
+        beside: folder of what `nuguide-experiments beside` wrote: rows of people and of the classical method are added.
+    """
     parts = []
     table, apart = summary(rows, experiment), differences(rows, experiment)
     for set_name in table["set"].unique() if len(table) else []:
@@ -106,6 +119,10 @@ def markdown(rows: pd.DataFrame, experiment: Experiment) -> str:
             cells = [cell(row[metric], row[f"{metric}_sd"]) for metric in METRICS]
             printed = ["" if pd.isna(row[name]) else f"{row[name]:.3f}" for name in ("printed_dice", "printed_iou")]
             lines.append(f"| {' | '.join([row['title'], str(row['images']), str(row['folds']), *cells, *printed])} |")
+        ids = sorted(set(only(rows, set=set_name)["id"]))
+        for title, others in standing_beside(beside, set_name, ids) if beside else []:
+            cells = [cell(others[metric].mean(), float("nan")) for metric in METRICS]
+            lines.append(f"| {title} | {len(others)} |  | {' | '.join(cells)} |  |  |")
         of_set = only(apart, set=set_name)
         if len(of_set):
             reference = experiment.arm(experiment.reference).title

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from nuguide import checkpoint
 from nuguide.augment import Augmentation, augment
-from nuguide.batches import Patches, Picture, collate
+from nuguide.batches import Patch, Patches, Picture, collate
 from nuguide.calibrate import quality
 from nuguide.datasets import read_dataset
 from nuguide.datasets.splits import read_manifest
@@ -182,11 +182,11 @@ ARMS = {
 class LabelPatches(Patches):
     """Patch number i, as in training, with a label map that reaches `MARGIN_PX` beyond it instead of a target."""
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, None]:
+    def __getitem__(self, index: int) -> Patch:
         rng = np.random.default_rng([self.seed, index])
         drawn = self.pictures[rng.choice(len(self.pictures), p=self.weights)]
         size = PATCH_PX + 2 * MARGIN_PX
-        return *augment(drawn.image_rgb, drawn.taught, size, rng, self.how, AROUND_PX), None
+        return Patch(*augment(drawn.image_rgb, drawn.taught, size, rng, self.how, AROUND_PX))
 
 
 def with_head(model: nn.Module, channels: int, seed: int) -> nn.Module:
@@ -216,11 +216,11 @@ def train(names: Sequence[str], pictures: list[Picture], out: Path, steps: int, 
         fall = 0.01 + 0.495 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
         rate = (step + 1) / warm if step < warm else fall
         patches = [drawn[8 * step + number] for number in range(8)]
-        batch = collate((image, labels[None, inner, inner], None) for image, labels, _ in patches)
+        batch = collate(Patch(patch.image, patch.target[None, inner, inner]) for patch in patches)
         image, latent = seen(batch, guide)
         image = image.contiguous(memory_format=torch.channels_last)
         for name, model in models.items():
-            wanted = [ARMS[name].targets(labels)[:, inner, inner] for _, labels, _ in patches]
+            wanted = [ARMS[name].targets(patch.target)[:, inner, inner] for patch in patches]
             optimizers[name].param_groups[0]["lr"] = lr * rate
             torch.manual_seed(seed * 1_000_003 + step)
             loss = ARMS[name].loss(model(image, latent), torch.from_numpy(np.stack(wanted)))

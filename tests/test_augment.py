@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from nuguide.augment import Augmentation, augment, geometry, jitter_stain, recolor
+from nuguide.augment import Augmentation, augment, degrade, geometry, jitter_stain, recolor
 from nuguide.stain import STAINS
 from nuguide.types import Sample
 
@@ -22,6 +22,7 @@ COLOR = {
     "gain": (0.8, 0.8), "gamma": (1.3, 1.3), "brightness": 20.0, "contrast": (0.8, 0.8), "clahe": 1.0, "stain": 0.3,
     "stain_shift": 0.1,
 }
+QUALITY = {"blur": 2.0, "noise": 20.0, "jpeg": 30}
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -113,7 +114,38 @@ def test_every_knob_has_an_effect_on_what_it_should(knob: str) -> None:
 
 
 def test_every_field_is_a_knob_of_these_tests() -> None:
-    assert {field.name for field in dataclasses.fields(Augmentation)} == {*GEOMETRY, *COLOR}
+    assert {field.name for field in dataclasses.fields(Augmentation)} == {*GEOMETRY, *COLOR, *QUALITY}
+
+
+def degraded(image: np.ndarray, knob: str, seeds: int = 40) -> list[np.ndarray]:
+    how = dataclasses.replace(STILL, **{knob: QUALITY[knob]})
+    return [degrade(image, rng(seed), how) for seed in range(seeds)]
+
+
+@pytest.mark.parametrize("knob", QUALITY)
+def test_half_the_patches_lose_quality_and_keep_their_color(knob: str) -> None:
+    image = noise(64, 64)
+    image[..., 0] //= 3                                  # red is dark: channels that change places would show
+    seen = degraded(image, knob)
+    changed = [found for found in seen if not np.array_equal(found, image)]
+    assert 10 < len(changed) < 30
+    assert all(found.dtype == np.uint8 and found.shape == image.shape for found in seen)
+    for found in changed:
+        np.testing.assert_allclose(found.mean((0, 1)), image.mean((0, 1)), atol=2)
+    assert np.array_equal(degrade(image, rng(0), STILL), image)
+
+
+def test_quality_is_lost_by_no_more_than_asked_for() -> None:
+    image = np.full((64, 64, 3), 128, np.uint8)
+    spread = [float(found.std()) for found in degraded(image, "noise")]
+    assert 10 < max(spread) < 21
+    edge = np.zeros((64, 64, 3), np.uint8)
+    edge[:, 32:] = 200
+    steepest = [int(np.diff(found[32, :, 0].astype(int)).max()) for found in degraded(edge, "blur")]
+    sharpest = cv2.GaussianBlur(edge, (0, 0), QUALITY["blur"])
+    assert np.diff(sharpest[32, :, 0].astype(int)).max() - 1 <= min(steepest) < 100
+    compressed = [np.abs(found.astype(int) - noise(64, 64)).mean() for found in degraded(noise(64, 64), "jpeg")]
+    assert 1 < max(compressed) < 20
 
 
 def test_an_enlargement_by_2_makes_nuclei_four_times_as_large() -> None:

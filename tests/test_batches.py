@@ -26,7 +26,7 @@ from nuguide.batches import (
     turned,
 )
 from nuguide.guides import GUIDES, FrozenGuide
-from nuguide.instances import targets
+from nuguide.instances import gaps, targets
 from nuguide.latents import LatentCache
 from nuguide.losses import dice_focal
 from nuguide.types import Sample
@@ -118,7 +118,7 @@ def test_a_patch_is_a_function_of_the_seed_and_its_number() -> None:
 def test_targets_are_those_of_the_patchs_labels() -> None:
     # without augmentation the patch is the picture turned, and so are its targets
     whole = drawn((32, 32))
-    image, target, latent = Patches([whole], 32, STILL, seed=0)[0]
+    image, target, latent, _ = Patches([whole], 32, STILL, seed=0)[0]
     assert latent is None
     ways = [(turns, flip) for turns in range(4) for flip in (False, True)]
     (way,) = [way for way in ways if np.array_equal(turned(whole.image_rgb, *way), image)]
@@ -131,7 +131,7 @@ def test_the_image_shows_what_lies_around_its_patch() -> None:
     alone = Patches(pictures, 32, STILL, seed=5)
     wide = Patches(pictures, 32, STILL, seed=5, around=32)
     for number in range(4):
-        image, target, _ = wide[number]
+        image, target, *_ = wide[number]
         assert image.shape == (96, 96, 3)
         assert np.array_equal(image[32:64, 32:64], alone[number][0])
         assert np.array_equal(target, alone[number][1])
@@ -168,7 +168,7 @@ def test_a_cached_latent_is_that_of_the_turned_patch(
     patches = Patches([drawn(size)], 32, STILL, seed=0, guide=mean_color, cache=cache)
     ways = set()
     for i in range(40):
-        image, target, latent = patches[i]
+        image, target, latent, _ = patches[i]
         assert latent is not None
         assert image.shape == (32, 32, 3)
         seen = mean_color(torch.from_numpy(image).permute(2, 0, 1)[None].float())[0]
@@ -214,7 +214,7 @@ def test_a_latent_is_pooled_to_what_the_fusion_needs(mean_color: FrozenGuide, tm
 def test_pictures_smaller_than_a_patch_are_mirrored(cached: bool, mean_color: FrozenGuide, tmp_path: Path) -> None:
     cache = LatentCache(tmp_path, 10**7) if cached else None
     whole = drawn((20, 24))
-    image, target, _ = Patches([whole], 32, STILL, 0, guide=mean_color if cached else None, cache=cache)[0]
+    image, target, *_ = Patches([whole], 32, STILL, 0, guide=mean_color if cached else None, cache=cache)[0]
     assert image.shape == (32, 32, 3)
     assert target.shape == (2, 32, 32)
     colors = {tuple(c) for c in whole.image_rgb.reshape(-1, 3).tolist()}
@@ -296,10 +296,26 @@ def test_a_patch_knows_its_picture_before_it_is_made() -> None:
     assert len(set(shown)) == 3
 
 
+def test_gaps_count_for_the_interior_map_alone() -> None:
+    labels = np.zeros((32, 32), np.int32)
+    labels[4:28, 2:16], labels[4:28, 16:30] = 1, 2
+    whole = replace(drawn((32, 32)), labels=labels)
+    assert Patches([whole], 32, STILL, seed=0)[0].weight is None
+    patches = Patches([whole], 32, STILL, seed=0, gap_weight=5.0)
+    weight = collate([patches[0], patches[1]]).weight
+    assert weight is not None
+    assert weight.shape == (2, 2, 32, 32)
+    assert set(weight[:, 0].unique().tolist()) == {1.0}
+    assert set(weight[:, 1].unique().tolist()) == {1.0, 5.0}
+    between = gaps(labels, targets(labels)[1])           # turned as the patch may be
+    assert between.any()
+    assert int((weight[0, 1] == 5).sum()) == np.count_nonzero(between)
+
+
 def test_a_semantic_picture_teaches_the_nucleus_map_alone() -> None:
     whole = drawn((32, 32))
-    _, both, _ = Patches([whole], 32, STILL, seed=0)[0]
-    _, one, _ = Patches([replace(whole, semantic_only=True)], 32, STILL, seed=0)[0]
+    _, both, *_ = Patches([whole], 32, STILL, seed=0)[0]
+    _, one, *_ = Patches([replace(whole, semantic_only=True)], 32, STILL, seed=0)[0]
     assert np.array_equal(one[0], both[0])
     assert (one[1] == -1).all()
     # whatever is predicted for the interior costs nothing, and is not changed

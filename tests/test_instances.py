@@ -12,6 +12,7 @@ from nuguide.instances import (
     Separation,
     enlarge,
     flood,
+    gaps,
     largest_pieces,
     separate,
     targets,
@@ -50,6 +51,26 @@ def test_the_interior_of_a_square_lies_deeper_than_two_fifths_of_its_depth():
     deeper[7:12, 7:12] = True                           # depth 3 and more: 5 x 5
     np.testing.assert_array_equal(interior > 0, deeper)
     assert INTERIOR_DEPTH == 0.4
+
+
+def test_gaps_lie_within_three_pixels_of_two_nuclei_and_in_no_interior():
+    labels = np.zeros((21, 40), np.int32)
+    labels[5:16, 3:14], labels[5:16, 16:27] = 4, 9      # 11 x 11 each, two pixels between them
+    labels[0, 30:] = -1                                 # nothing is taught here: no nucleus
+    between = gaps(labels, targets(labels)[1])
+    assert set(np.flatnonzero(between[10])) == {13, 14, 15, 16}       # 3 from the one's last, 3 from the other's first
+    assert not between[:, :13].any()
+    assert not between[:, 17:].any()
+    assert not gaps(np.where(labels == 4, labels, 0), targets(labels)[1]).any()          # alone
+    everywhere = np.ones(labels.shape, np.float32)
+    assert not gaps(labels, everywhere).any()
+
+
+def test_touching_nuclei_have_a_gap_along_their_border():
+    labels = np.zeros((16, 16), np.int32)
+    labels[:, :8], labels[:, 8:] = 1, 2
+    between = gaps(labels, np.zeros(labels.shape, np.float32))
+    np.testing.assert_array_equal(np.flatnonzero(between.all(0)), np.arange(5, 11))
 
 
 def test_the_interior_of_a_disk_is_about_a_third_of_it():

@@ -52,6 +52,17 @@ def test_focal_loss_of_an_undecided_pixel_is_a_quarter_of_ln_2(truth: float) -> 
     assert float(focal_loss(logits, target)) == pytest.approx(0.25 * math.log(2))
 
 
+def test_weights_count_pixels_several_times() -> None:
+    rng = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(2, 2, 4, 4, generator=rng), torch.randint(-1, 2, (2, 2, 4, 4), generator=rng).float()
+    weight = torch.ones_like(target)
+    weight[..., 2:] = 3.0
+    repeated = [torch.cat([part, part[..., 2:], part[..., 2:]], 3) for part in (logits, target)]
+    for loss in (dice_loss, focal_loss, dice_focal):
+        assert float(loss(logits, target, weight)) == pytest.approx(float(loss(*repeated)), rel=1e-5)
+        assert float(loss(logits, target, torch.ones_like(target))) == pytest.approx(float(loss(logits, target)))
+
+
 def test_focal_loss_of_a_confident_pixel_nearly_vanishes() -> None:
     # p = 0.9: 0.1^2 x -ln 0.9; the same mistaken: 0.9^2 x -ln 0.1, 1770 times as much
     target = torch.ones(1, 1, 1, 1)

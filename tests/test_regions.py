@@ -163,7 +163,7 @@ def test_a_cached_patch_has_its_part_of_the_regions_latents(size: tuple[int, int
     whole = Picture("p", "g", noise(*size), np.zeros(size, np.int32))
     patches = Patches([whole], 64, STILL, 0, guide=guide, cache=LatentCache(tmp_path, 10**8), pool=4)
     for i in range(24):
-        image, _, latent = patches[i]
+        image, _, latent, _ = patches[i]
         assert latent is not None
         torch.testing.assert_close(latent.float(), cells(image), atol=2e-3, rtol=0)
     assert runs(guide) == len(regions(size, 128, 32))    # though the patches are of many places

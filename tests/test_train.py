@@ -24,7 +24,7 @@ from nuguide.metrics import dice
 from nuguide.networks import fold_batch_norm
 from nuguide.normalize import StainNormalizer
 from nuguide.recipe import TrainOptions
-from nuguide.train import RESUME, KeepBest, Training, fit, note_epoch, seen, training_pictures
+from nuguide.train import RESUME, KeepBest, Training, fit, loaders, note_epoch, seen, training_pictures
 from nuguide.types import Sample, UserError
 
 LEARNS = TrainOptions(width=4, patch_px=64, epochs=3, steps_per_epoch=8, batch=4, lr=5e-3, precision="fp32")
@@ -204,7 +204,7 @@ def test_a_finished_run_is_left_as_it_is_and_others_are_refused(tmp_path: Path) 
     # nor does an option that came after it stand in its way
     noted = json.loads((out / "options.json").read_text())
     del noted["normalize_stain"], noted["augmentation"]["gain"]
-    for newer in ("ema", "hard", "semantic_only", "deep_supervision", "mpp_range"):
+    for newer in ("ema", "hard", "semantic_only", "gap_weight", "deep_supervision", "mpp_range"):
         del noted[newer]
     (out / "options.json").write_text(json.dumps(noted))
     fit(tissue, tissue, out, options, progress=False)
@@ -268,6 +268,22 @@ def test_deep_supervision_counts_each_level_half_of_the_finer_one(monkeypatch: p
         monkeypatch.setattr(training, "log", lambda *_, **__: None)
         losses.append(float(training.training_step(Batch(torch.zeros(1, 3, 4, 4), target, None), 0)["loss"]))
     assert losses == pytest.approx([whole * 16 / 31, whole / 31], rel=1e-4)
+
+
+def test_gaps_weigh_in_the_loss_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = dataclasses.replace(TINY, gap_weight=50.0)
+    loader, _ = loaders(training_pictures(drawn(0), options), [], tmp_path, None, options)
+    assert isinstance(loader.dataset, Patches)
+    assert loader.dataset.gap_weight == 50.0
+    target, weight = torch.zeros(1, 2, 4, 4), torch.ones(1, 2, 4, 4)
+    weight[:, 1, 2:] = 50.0
+    logits = torch.linspace(-3, 3, 32).reshape(1, 2, 4, 4)
+    training = Training(torch.nn.Identity(), None, options)
+    monkeypatch.setattr(training, "forward", lambda *_: logits)
+    monkeypatch.setattr(training, "log", lambda *_, **__: None)
+    loss = training.training_step(Batch(torch.zeros(1, 3, 4, 4), target, None, weight), 0)["loss"]
+    assert float(loss) == pytest.approx(float(dice_focal(logits, target, weight)))
+    assert float(loss) > float(dice_focal(logits, target))
 
 
 def test_the_heads_of_deep_supervision_stay_out_of_the_model(tmp_path: Path) -> None:
@@ -449,6 +465,7 @@ def test_options_that_name_what_there_is_not_are_refused(tmp_path: Path, changes
         ({"patch_px": 100}, "patch_px must be a multiple of 32, not 100"),
         ({"context_px": -32}, "context_px must be a multiple of 32, not -32"),
         ({"ema": 1.0}, "ema must be 0 or more and below 1, not 1.0"),
+        ({"gap_weight": 0.0}, "gap_weight must be positive, not 0.0"),
         ({"hard": -1.0}, "hard must lie between 0 and 4, not -1.0"),
         ({"mpp_range": (1.0, 0.25)}, "mpp_range must rise from above 0, not 1.0 to 0.25"),
         ({"mpp_range": (0.25, 1.0), "latents": "cached"}, "mpp_range needs latents live"),
@@ -479,6 +496,6 @@ def test_a_full_disk_and_a_loss_that_is_not_finite_end_a_run_in_one_line(
         patch.setattr(train, "note_epoch", full)
         with pytest.raises(UserError, match="the run was cut .*No space left.*; repeat the command"):
             fit(drawn(0), drawn(2), tmp_path / "full", options, progress=False)
-    monkeypatch.setattr(train, "dice_focal", lambda logits, target: logits.sum() * torch.nan)
+    monkeypatch.setattr(train, "dice_focal", lambda logits, *_: logits.sum() * torch.nan)
     with pytest.raises(UserError, match="the loss is no longer finite"):
         fit(drawn(0), drawn(2), tmp_path / "nan", options, progress=False)

@@ -27,6 +27,9 @@ class Augmentation:
         clahe: probability of contrast-limited equalization of lightness.
         stain: relative spread of the amount of each stain.
         stain_shift: spread of each stain's base, in optical density.
+        blur: of half the patches, the largest standard deviation of a Gaussian blur, in pixels.
+        noise: of half the patches, the largest standard deviation of Gaussian noise, of 255.
+        jpeg: of half the patches, the least quality at which they are compressed; 100 for none.
     """
 
     rotate: bool = True
@@ -39,6 +42,9 @@ class Augmentation:
     clahe: float = 0.1
     stain: float = 0.25
     stain_shift: float = 0.06
+    blur: float = 0.0
+    noise: float = 0.0
+    jpeg: int = 100
 
 
 def augment(
@@ -66,7 +72,7 @@ def augment(
     x, y = (np.ascontiguousarray(place[around : around + size, around : around + size]) for place in (x, y))
     # float32 holds label values exactly up to 2^24; remap takes no int32
     found = cv2.remap(labels.astype(np.float32), x, y, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REFLECT_101)
-    patch = recolor(patch, rng, how)
+    patch = degrade(recolor(patch, rng, how), rng, how)
     if fill is not None:
         patch[beyond] = np.rint(fill)
     return patch, found.astype(np.int32)
@@ -112,6 +118,20 @@ def recolor(image_rgb: np.ndarray, rng: np.random.Generator, how: Augmentation) 
     curve = (curve - 0.5) * rng.uniform(*how.contrast) + 0.5
     curve = curve * 255 + rng.uniform(-how.brightness, how.brightness)
     return cv2.LUT(image_rgb, np.clip(np.rint(curve), 0, 255).astype(np.uint8))
+
+
+def degrade(image_rgb: np.ndarray, rng: np.random.Generator, how: Augmentation) -> np.ndarray:
+    """The image out of focus, noisy and compressed, in the order of a scanner; (H, W, 3) uint8 in and out."""
+    if how.blur and rng.random() < 0.5:
+        image_rgb = cv2.GaussianBlur(image_rgb, (0, 0), rng.uniform(0.1, max(how.blur, 0.1)))
+    if how.noise and rng.random() < 0.5:
+        grain = rng.standard_normal(image_rgb.shape, np.float32) * np.float32(rng.uniform(0, how.noise))
+        image_rgb = np.clip(np.rint(image_rgb + grain), 0, 255).astype(np.uint8)
+    if how.jpeg < 100 and rng.random() < 0.5:
+        quality = int(rng.integers(how.jpeg, 100))
+        coded = cv2.imencode(".jpg", cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+        image_rgb = cv2.cvtColor(cv2.imdecode(coded, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    return image_rgb
 
 
 def jitter_stain(image_rgb: np.ndarray, rng: np.random.Generator, spread: float, shift: float) -> np.ndarray:

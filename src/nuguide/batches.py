@@ -13,15 +13,26 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .augment import Augmentation, augment, recolor
+from .augment import Augmentation, augment, degrade, recolor
 from .guides import CELLS_PX, FrozenGuide
 from .guides.fitting import MEAN
-from .instances import CHANNELS, IGNORED, targets
+from .instances import CHANNELS, IGNORED, gaps, targets
 from .latents import LatentCache, RegionLatents
 from .normalize import StainNormalizer
 from .resample import resampled_size, resize_image, resize_labels
 from .stain import exposed
 from .types import Sample
+
+INTERIOR = CHANNELS.index("interior")
+
+
+class Patch(NamedTuple):
+    """image (S, S, 3) uint8, RGB; target and weight (2, P, P) float32, and latent (C, h, w), as in `Batch`."""
+
+    image: np.ndarray
+    target: np.ndarray
+    latent: Tensor | None = None
+    weight: np.ndarray | None = None
 
 
 class Batch(NamedTuple):
@@ -29,11 +40,13 @@ class Batch(NamedTuple):
     `instances.IGNORED` where nothing is taught.
 
     S is P and what the guide sees on both sides. latent is (B, C, h, w) where it was read from a cache, else None.
+    weight is (B, 2, P, P), how much each target counts, or None where all count alike.
     """
 
     image: Tensor
     target: Tensor
-    latent: Tensor | None
+    latent: Tensor | None = None
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,7 @@ class Patches(Dataset):
         around: what each image shows beyond its patch on every side, in pixels, for the guide.
         factors: least and greatest factor by which a picture is resized before a patch is drawn from it, evenly on a
             log scale and in place of `how.scale`.
+        gap_weight: how much the interior map counts in the gaps between close nuclei; 1 elsewhere.
         guide, cache, pool: with a cache, each patch is cut on a fixed lattice and turned by quarter turns and flips
             only, and its latent, read from the cache, with it; color varies for the network alone.
     """
@@ -129,13 +143,14 @@ class Patches(Dataset):
         pool: int | None = None,
         around: int = 0,
         factors: tuple[float, float] | None = None,
+        gap_weight: float = 1.0,
     ):
         self.pictures, self.patch_px, self.seed, self.around, self.factors = pictures, patch_px, seed, around, factors
         self.how = how if factors is None else replace(how, scale=(1.0, 1.0))
         self.weights = drawing_weights([picture.group for picture in pictures], balance)
-        self.guide, self.cache, self.pool = guide, cache, pool
+        self.guide, self.cache, self.pool, self.gap_weight = guide, cache, pool, gap_weight
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, Tensor | None]:
+    def __getitem__(self, index: int) -> Patch:
         number, rng = self._drawn(index)
         drawn = self.pictures[number]
         if self.factors is not None:
@@ -155,11 +170,14 @@ class Patches(Dataset):
             image, labels = turned(image, turns, flip), turned(labels, turns, flip)
             latent = torch.rot90(latent, turns, (1, 2))
             latent = latent.flip(2) if flip else latent
-            image = recolor(image, rng, self.how)
-        target = targets(labels)
+            image = degrade(recolor(image, rng, self.how), rng, self.how)
+        target, weight = targets(labels), None
+        if self.gap_weight != 1:
+            weight = np.ones_like(target)
+            weight[INTERIOR, gaps(labels, target[INTERIOR])] = self.gap_weight
         if drawn.semantic_only:
-            target[CHANNELS.index("interior")] = IGNORED
-        return image, target, latent
+            target[INTERIOR] = IGNORED
+        return Patch(image, target, latent, weight)
 
     def _drawn(self, index: int) -> tuple[int, np.random.Generator]:
         """The number of the picture that a patch is drawn from, and what draws the rest of it."""
@@ -212,9 +230,10 @@ def mirrored(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.pad(image, [(0, below), (0, right), *[(0, 0)] * (image.ndim - 2)], mode="symmetric")
 
 
-def collate(patches: Iterable[tuple[np.ndarray, np.ndarray, Tensor | None]]) -> Batch:
+def collate(patches: Iterable[Patch]) -> Batch:
     """Patches to one batch, channels last in memory."""
-    images, found, latents = zip(*patches, strict=True)
+    images, found, latents, weights = zip(*patches, strict=True)
     image = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
     latent = None if latents[0] is None else torch.stack(latents).float()
-    return Batch(image, torch.from_numpy(np.stack(found)), latent)
+    weight = None if weights[0] is None else torch.from_numpy(np.stack(weights))
+    return Batch(image, torch.from_numpy(np.stack(found)), latent, weight)

@@ -54,6 +54,8 @@ class TrainOptions:
             that loss to this power, between a quarter and four times as often; 0 for not at all.
         semantic_only: names of data sets whose nuclei are outlined but not told apart well: they teach the nucleus map
             alone, not the interior.
+        gap_weight: how much the interior map counts in the gaps between close nuclei, against 1 elsewhere: more keeps
+            more neighbors apart.
         deep_supervision: the coarser levels of unet3plus or eunet3plus learn to predict as well, each for half of what
             the next finer one counts; they have no part in the model that is kept.
         ema: decay of an average of the weights over the steps, which then is what is validated and kept, such as 0.999;
@@ -92,6 +94,7 @@ class TrainOptions:
     balance: float = 0.5
     hard: float = 0.0
     semantic_only: tuple[str, ...] = ()
+    gap_weight: float = 1.0
     deep_supervision: bool = False
     ema: float = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -114,6 +117,8 @@ class TrainOptions:
                 raise UserError(f"{name} must be a multiple of 32, not {getattr(self, name)}")
         if not 0 <= self.ema < 1:
             raise UserError(f"ema must be 0 or more and below 1, not {self.ema}")
+        if not self.gap_weight > 0:
+            raise UserError(f"gap_weight must be positive, not {self.gap_weight}")
         if not 0 <= self.hard <= 4:
             raise UserError(f"hard must lie between 0 and 4, not {self.hard}")
         if self.mpp_range is not None and not 0 < self.mpp_range[0] < self.mpp_range[1]:

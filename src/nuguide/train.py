@@ -102,7 +102,9 @@ class Training(lightning.LightningModule):
         logits = self(*seen(batch, self.frozen[0]))
         heads = logits if isinstance(logits, list) else [logits]
         shares = [0.5**level for level in range(len(heads))]        # the coarser a level, the less its loss counts
-        losses = [share * dice_focal(head, batch.target) for share, head in zip(shares, heads, strict=True)]
+        losses = [
+            share * dice_focal(head, batch.target, batch.weight) for share, head in zip(shares, heads, strict=True)
+        ]
         loss = torch.stack(losses).sum() / sum(shares)
         size = len(batch.image)
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=size, sync_dist=count > 1)
@@ -407,6 +409,7 @@ def loaders(
         pool,
         around,
         factors,
+        options.gap_weight,
     )
     steps = options.steps_per_epoch or math.ceil(len(train) / options.batch)
     return (

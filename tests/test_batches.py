@@ -125,12 +125,13 @@ def test_targets_are_those_of_the_patchs_labels() -> None:
     assert np.array_equal(target, targets(turned(whole.labels, *way)))
 
 
-def test_the_image_shows_what_lies_around_its_patch() -> None:
-    # one seed draws one place, with and without what is around it
+@pytest.mark.parametrize("how", [STILL, dataclasses.replace(Augmentation(), clahe=0.5, noise=20.0)])
+def test_the_image_shows_what_lies_around_its_patch_and_the_patch_is_as_it_is_alone(how: Augmentation) -> None:
+    # one seed draws one place and one change of it, with and without what is around it
     pictures = [drawn((96, 96))]
-    alone = Patches(pictures, 32, STILL, seed=5)
-    wide = Patches(pictures, 32, STILL, seed=5, around=32)
-    for number in range(4):
+    alone = Patches(pictures, 32, how, seed=5)
+    wide = Patches(pictures, 32, how, seed=5, around=32)
+    for number in range(40):
         image, target, *_ = wide[number]
         assert image.shape == (96, 96, 3)
         assert np.array_equal(image[32:64, 32:64], alone[number][0])

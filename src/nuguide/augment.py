@@ -60,7 +60,8 @@ def augment(
 
     The patch is centered anywhere inside; beyond the border the image is mirrored, labels with it. The image comes
     with `around` more pixels on every side, the labels without; where a color to `fill` with is given, they show it
-    instead of the mirrored image.
+    instead of the mirrored image. What is `around` changes nothing of the patch itself, but that blur and compression
+    reach into it: with a guide and without, a network learns from the same patches.
     """
     x, y = geometry(image_rgb.shape[:2], size, rng, how, around)
     patch = cv2.remap(image_rgb, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
@@ -68,11 +69,11 @@ def augment(
     if fill is not None:
         height, width = image_rgb.shape[:2]
         beyond = (x < -0.5) | (x > width - 0.5) | (y < -0.5) | (y > height - 0.5)
-        beyond[around : around + size, around : around + size] = False
-    x, y = (np.ascontiguousarray(place[around : around + size, around : around + size]) for place in (x, y))
+        beyond[within(beyond, around)] = False
+    x, y = (np.ascontiguousarray(place[within(place, around)]) for place in (x, y))
     # float32 holds label values exactly up to 2^24; remap takes no int32
     found = cv2.remap(labels.astype(np.float32), x, y, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REFLECT_101)
-    patch = degrade(recolor(patch, rng, how), rng, how)
+    patch = degrade(recolor(patch, rng, how, around), rng, how, around)
     if fill is not None:
         patch[beyond] = np.rint(fill)
     return patch, found.astype(np.int32)
@@ -91,28 +92,39 @@ def geometry(
     flip = rng.choice([-1.0, 1.0])
     reach = zoom * size / 2
     center = [rng.uniform(min(reach, side / 2), max(side - reach, side / 2)) - 0.5 for side in (width, height)]
-    size += 2 * around
-    line = np.arange(size, dtype=np.float32) - (size - 1) / 2
+    line = np.arange(-around, size + around, dtype=np.float32) - (size - 1) / 2
     u, v = np.meshgrid(line * flip, line)
     cos, sin = np.cos(turn) * zoom, np.sin(turn) * zoom
     x = (cos * u - sin * v + center[0]).astype(np.float32)
     y = (sin * u + cos * v + center[1]).astype(np.float32)
     if how.elastic_px > 0:
         coarse = rng.uniform(-how.elastic_px, how.elastic_px, (2, 6, 6)).astype(np.float32)
-        x += cv2.resize(coarse[0], (size, size), interpolation=cv2.INTER_CUBIC)
-        y += cv2.resize(coarse[1], (size, size), interpolation=cv2.INTER_CUBIC)
+        for place, shift in ((x, coarse[0]), (y, coarse[1])):
+            place += np.pad(cv2.resize(shift, (size, size), interpolation=cv2.INTER_CUBIC), around, mode="edge")
     return x, y
 
 
-def recolor(image_rgb: np.ndarray, rng: np.random.Generator, how: Augmentation) -> np.ndarray:
-    """The image under another stain, exposure and contrast; (H, W, 3) uint8 in and out."""
+def within(image: np.ndarray, around: int) -> tuple[slice, slice]:
+    """The patch in an image that shows what is `around` it on every side."""
+    return slice(around, image.shape[0] - around), slice(around, image.shape[1] - around)
+
+
+def recolor(image_rgb: np.ndarray, rng: np.random.Generator, how: Augmentation, around: int = 0) -> np.ndarray:
+    """The image under another stain, exposure and contrast; (H, W, 3) uint8 in and out.
+
+    What lies `around` the patch, on every side, goes along with it.
+    """
+    middle = within(image_rgb, around)
     if how.stain or how.stain_shift:
         image_rgb = jitter_stain(image_rgb, rng, how.stain, how.stain_shift)
     if rng.random() < how.clahe:
         lab = cv2.cvtColor(image_rgb, cv2.COLOR_RGB2LAB)
-        lab[..., 0] = cv2.createCLAHE(clipLimit=2.0, tileGridSize=(8, 8)).apply(lab[..., 0])
+        whole, patch = lab[..., 0], np.ascontiguousarray(lab[..., 0][middle])
+        equalize = cv2.createCLAHE(clipLimit=2.0, tileGridSize=(8, 8)).apply
+        lab[..., 0] = equalize(whole)
+        lab[..., 0][middle] = equalize(patch)
         image_rgb = cv2.cvtColor(lab, cv2.COLOR_LAB2RGB)
-    gain = min(rng.uniform(*how.gain), 255 / max(int(image_rgb.max()), 1))
+    gain = min(rng.uniform(*how.gain), 255 / max(int(image_rgb[middle].max()), 1))
     levels = np.arange(256, dtype=np.float32) / 255 * gain
     curve = levels ** rng.uniform(*how.gamma)
     curve = (curve - 0.5) * rng.uniform(*how.contrast) + 0.5
@@ -120,15 +132,23 @@ def recolor(image_rgb: np.ndarray, rng: np.random.Generator, how: Augmentation) 
     return cv2.LUT(image_rgb, np.clip(np.rint(curve), 0, 255).astype(np.uint8))
 
 
-def degrade(image_rgb: np.ndarray, rng: np.random.Generator, how: Augmentation) -> np.ndarray:
-    """The image out of focus, noisy and compressed, in the order of a scanner; (H, W, 3) uint8 in and out."""
-    if how.blur and rng.random() < 0.5:
-        image_rgb = cv2.GaussianBlur(image_rgb, (0, 0), rng.uniform(0.1, max(how.blur, 0.1)))
-    if how.noise and rng.random() < 0.5:
-        grain = rng.standard_normal(image_rgb.shape, np.float32) * np.float32(rng.uniform(0, how.noise))
-        image_rgb = np.clip(np.rint(image_rgb + grain), 0, 255).astype(np.uint8)
-    if how.jpeg < 100 and rng.random() < 0.5:
-        quality = int(rng.integers(how.jpeg, 100))
+def degrade(image_rgb: np.ndarray, rng: np.random.Generator, how: Augmentation, around: int = 0) -> np.ndarray:
+    """The image out of focus, noisy and compressed, in the order of a scanner; (H, W, 3) uint8 in and out.
+
+    What lies `around` the patch, on every side, goes along with it.
+    """
+    blur = rng.uniform(0.1, max(how.blur, 0.1)) if how.blur and rng.random() < 0.5 else 0.0
+    noise = rng.uniform(0, how.noise) if how.noise and rng.random() < 0.5 else 0.0
+    quality = int(rng.integers(how.jpeg, 100)) if how.jpeg < 100 and rng.random() < 0.5 else 100
+    if blur:
+        image_rgb = cv2.GaussianBlur(image_rgb, (0, 0), blur)
+    if noise:
+        middle = within(image_rgb, around)
+        patch = rng.standard_normal(image_rgb[middle].shape, np.float32)
+        grain = rng.standard_normal(image_rgb.shape, np.float32) if around else patch
+        grain[middle] = patch
+        image_rgb = np.clip(np.rint(image_rgb + np.float32(noise) * grain), 0, 255).astype(np.uint8)
+    if quality < 100:
         coded = cv2.imencode(".jpg", cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
         image_rgb = cv2.cvtColor(cv2.imdecode(coded, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
     return image_rgb

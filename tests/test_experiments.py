@@ -54,8 +54,12 @@ def test_every_arm_of_every_table_builds(table, arm: Arm) -> None:
     spec = dataclasses.replace(
         model_spec(dataclasses.replace(options, fusion="none"), None, [], []),
         fusion=None if channels is None else options.fusion, fusion_options=options.fusion_options,
+        levels=options.levels,
     )
-    assert sum(p.numel() for p in checkpoint.build(spec, channels).parameters()) > 0
+    model = checkpoint.build(spec, channels)
+    assert sum(p.numel() for p in model.parameters()) > 0
+    gates = sum(name.startswith("gates.") for name, _ in model.named_parameters())
+    assert bool(gates) == (arm.name == "x_gfb_all")
     assert arm.guided == (options.fusion != "none")
 
 
@@ -190,8 +194,53 @@ def test_a_second_call_runs_only_what_is_missing(ran: Path, monkeypatch: pytest.
         again(dataclasses.replace(PLAN, base=dataclasses.replace(TINY, lr=1.0)))
     with pytest.raises(UserError, match=r"split\.json: divides other images, or otherwise"):
         again(images=9)
+    seen = json.loads((ran / "cryonuseg" / "fold0" / "split.json").read_text())["parts"]["test"][0]["id"]
+    flipped = drawn()
+    index = flipped.ids.index(seen)
+    sample = flipped[index]
+    turned = dataclasses.replace(sample, image_rgb=sample.image_rgb[::-1])
+    other = [dataclasses.replace(e, load=lambda: turned) if e.id == seen else e for e in flipped.entries]
+    with pytest.raises(UserError, match=r"split\.json: divides other images, or otherwise"):      # of the same names
+        run(experiment("table3"), {"cryonuseg": Dataset("cryonuseg", other, "CC0")}, ran, PLAN, progress=False)
+    place.write_text("{}")
+    with pytest.raises(UserError, match=r"cross\.json: is no result of a run"):
+        again()
+    with pytest.raises(UserError, match=r"cross\.json: is no result of a run"):
+        results(ran, experiment("table3"))
+    place.write_bytes(before)
     with pytest.raises(UserError, match=r"cryonuseg: 3 groups cannot be divided into 4 folds.*--folds"):
         again(dataclasses.replace(PLAN, folds=4))
+
+
+def test_missing_guides_are_told_of_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUGUIDE_CACHE", str(tmp_path / "cache"))
+    plan = dataclasses.replace(PLAN, guide="medsam", arms=["eunet3plus", "cross", "cross_random"])
+    with pytest.raises(UserError, match=r"the weights of medsam are not here.*--arms"):
+        run(experiment("table3"), {"cryonuseg": drawn()}, tmp_path / "out", plan, progress=False)
+    both = dataclasses.replace(PLAN, arms=["x_gfb_medsam", "x_gfb_dinov2_small", "x_gfb_efficientnet_lite0"])
+    with pytest.raises(UserError, match=r"weights of dinov2_small are not here.*weights of medsam are not here"):
+        run(experiment("table4"), {"cryonuseg": drawn()}, tmp_path / "out", both, progress=False)
+    mistyped = dataclasses.replace(PLAN, guide="sam_vitb", arms=["x_gfb"])
+    with pytest.raises(UserError, match="unknown guide 'sam_vitb'; choose from efficientnet_lite0, sam_vit_b"):
+        run(experiment("table1"), {"cryonuseg": drawn()}, tmp_path / "out", mistyped)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"budget": -1.0}, "--budget must be positive, not -1.0"),
+        ({"epochs": 0}, "--epochs must be 1 or more, not 0"),
+        ({"folds": 1}, "--folds must be 2 or more, not 1"),
+        ({"only_folds": [9]}, "--only-folds 9: there are the folds 0 to 2"),
+        ({"only_folds": [1], "split": "own"}, "--only-folds 1: there are the folds 0 to 0"),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(change: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        dataclasses.replace(PLAN, **change)
 
 
 def test_the_command_prints_tables_and_draws_figures(ran: Path, tmp_path: Path, capsys) -> None:
@@ -248,8 +297,10 @@ def test_means_are_over_images_and_spreads_over_folds(tmp_path: Path) -> None:
     assert "| ReLU | 3 | 2 | 0.700 ± 0.212 |" in text
     assert "| Swish | 2 | 1 | 0.600 |" in text
     assert "| Swish | +0.000 (-0.100 to +0.100) |" in text
-    assert r"ReLU & 0.700 $\pm$ 0.212 & 0.700 $\pm$ 0.212 \\" in latex(rows, experiment("table2"))
-    assert r"LeakyReLU & -- & -- \\" in latex(rows, experiment("table2"))
+    same = r"0.700 $\pm$ 0.212"
+    assert rf"ReLU & {same} & {same} & {same} & {same} & 0.778 \\" in latex(rows, experiment("table2"))
+    assert r"LeakyReLU & -- & -- & -- & -- & 0.793 \\" in latex(rows, experiment("table2"))
+    assert r"{dsb\_he}" in latex(rows.assign(set="dsb_he"), experiment("table2"))      # _ alone would not compile
 
 
 def test_people_and_the_classical_method_stand_beside_the_arms_on_the_images_that_were_tested(tmp_path: Path) -> None:
@@ -262,6 +313,8 @@ def test_people_and_the_classical_method_stand_beside_the_arms_on_the_images_tha
     text = markdown(results(tmp_path / "runs", chosen), chosen, beside)
     assert "| second annotator | 2 |  | 0.700 | 0.700 | 0.700 | 0.700 | 0.700 | 0.700 |  |  |" in text
     assert "classical" not in text                                                  # was not scored
+    line = r"second annotator & 0.700 & 0.700 & 0.700 & 0.700 & -- \\"
+    assert line in latex(results(tmp_path / "runs", chosen), chosen, beside)
     assert "annotator" not in markdown(results(tmp_path / "runs", chosen), chosen)
 
 

@@ -150,7 +150,9 @@ def degrade(image_rgb: np.ndarray, rng: np.random.Generator, how: Augmentation, 
         image_rgb = np.clip(np.rint(image_rgb + np.float32(noise) * grain), 0, 255).astype(np.uint8)
     if quality < 100:
         coded = cv2.imencode(".jpg", cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-        image_rgb = cv2.cvtColor(cv2.imdecode(coded, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+        image_bgr = cv2.imdecode(coded, cv2.IMREAD_COLOR)
+        assert image_bgr is not None
+        image_rgb = cv2.cvtColor(image_bgr, cv2.COLOR_BGR2RGB)
     return image_rgb
 
 

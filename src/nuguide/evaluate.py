@@ -15,6 +15,7 @@ from .datasets import Dataset
 from .export import replacing
 from .metrics import score
 from .predict import Predictor
+from .types import UserError
 
 SHOWN = ("dice", "aji", "pq", "dq", "sq", "f1_50", "iou", "dice_weighted", "iou_weighted")
 
@@ -87,5 +88,8 @@ def write_scores(path: Path, scores: pd.DataFrame, facts: dict) -> Path:
 
 
 def read_scores(path: Path) -> pd.DataFrame:
-    """The image rows of `write_scores`."""
-    return pd.DataFrame(json.loads(path.read_text())["images"])
+    """The image rows of `write_scores`; UserError where the file is none of its."""
+    try:
+        return pd.DataFrame(json.loads(path.read_text())["images"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: is no file of scores ({error}); make it anew with nuguide evaluate --out") from error

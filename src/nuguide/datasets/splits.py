@@ -159,7 +159,7 @@ def write_manifest(path: Path, parts: Mapping[str, Sequence[Dataset]]) -> SplitM
 
     Raises UserError where an image cannot be read or `path` not written; a half-written file is never left behind.
     """
-    return _write(path, {name: _members(datasets) for name, datasets in parts.items()})
+    return write_members(path, {name: _members(datasets) for name, datasets in parts.items()})
 
 
 def write_folds(folder: Path, datasets: Sequence[Dataset], folds: int, seed: int) -> list[SplitManifest]:
@@ -195,13 +195,12 @@ def _write_divided(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder} for the folds: {error.strerror}; name another") from error
-    return [
-        _write(folder / f"fold_{fold}.json", {"train": [members[i] for i in train], "val": [members[i] for i in val]})
-        for fold, (train, val) in enumerate(indices)
-    ]
+    parts = [{"train": [members[i] for i in train], "val": [members[i] for i in val]} for train, val in indices]
+    return [write_members(folder / f"fold_{fold}.json", part) for fold, part in enumerate(parts)]
 
 
-def _write(path: Path, parts: Mapping[str, Sequence[Member]]) -> SplitManifest:
+def write_members(path: Path, parts: Mapping[str, Sequence[Member]]) -> SplitManifest:
+    """Writes to `path` (JSON) which images each part has, known already; errors as of `write_manifest`."""
     members = {name: tuple(sorted(part)) for name, part in parts.items()}
     manifest = SplitManifest(members, _split_hash(members))
     content = {"sha256": manifest.sha256, "parts": _as_json(members)}
@@ -246,13 +245,16 @@ def _in_several_parts(manifest: SplitManifest, key) -> list[list[tuple[str, Memb
     return [places for places in alike.values() if len({part for part, _ in places}) > 1]
 
 
+def members_of(dataset: Dataset) -> list[Member]:
+    """Every image of a data set, in its order, by content: all are read."""
+    return [
+        Member(dataset.name, entry.id, entry.group, content_hash(dataset[index].image_rgb))
+        for index, entry in enumerate(dataset.entries)
+    ]
+
+
 def _members(datasets: Sequence[Dataset]) -> list[Member]:
-    return sorted(_member(dataset, index) for dataset in datasets for index in range(len(dataset)))
-
-
-def _member(dataset: Dataset, index: int) -> Member:
-    entry = dataset.entries[index]
-    return Member(dataset.name, entry.id, entry.group, content_hash(dataset[index].image_rgb))
+    return sorted(member for dataset in datasets for member in members_of(dataset))
 
 
 def _as_json(parts: Mapping[str, Sequence[Member]]) -> dict[str, list[dict[str, str]]]:

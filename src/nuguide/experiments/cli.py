@@ -117,7 +117,7 @@ def tables(
         print(f"## {chosen.title}\n\n{text}\n")
         if to is not None:
             to.mkdir(parents=True, exist_ok=True)
-            for ending, content in ((".md", text + "\n"), (".tex", latex(rows, chosen))):  # pyright: ignore
+            for ending, content in ((".md", text + "\n"), (".tex", latex(rows, chosen, beside))):  # pyright: ignore
                 with replacing(to / f"{name}{ending}") as file:
                     file.write(content.encode())
     return 0
@@ -150,8 +150,8 @@ def figures(
         if len(went):
             print(save(training_curves(went, chosen), to / f"{name}.curves.png"))
         if data_root is not None:
-            for path in draw_panels(chosen, out, data_root, to):
-                print(path)
+            panels = draw_panels(chosen, out, data_root, to)
+            print(*panels or [f"{name}: no panels, for {chosen.reference} was not run on fold 0"], sep="\n")
     return 0
 
 
@@ -224,6 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="nuguide-experiments")
     except (UserError, ValueError) as error:
         print(f"nuguide-experiments: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        print(f"nuguide-experiments: {error.filename or 'a file'}: {error.strerror or error}; choose another folder",
+              file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):

@@ -14,6 +14,8 @@ import csv
 import dataclasses
 import json
 import logging
+import os
+import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,14 +26,25 @@ import torch
 
 from .. import __version__
 from ..datasets import Dataset, read_dataset
-from ..datasets.splits import SplitManifest, grouped_folds, hold_out, own_split, read_manifest, write_manifest
+from ..datasets.splits import (
+    Member,
+    SplitManifest,
+    grouped_folds,
+    hold_out,
+    members_of,
+    own_split,
+    read_manifest,
+    write_members,
+)
 from ..evaluate import evaluate, write_scores
-from ..machine import keep_freed_memory
+from ..guides import find_guide
+from ..machine import choose_device, keep_freed_memory
 from ..predict import load
 from ..recipe import TrainOptions
-from ..train import fit
+from ..train import RESUME, fit
 from ..types import UserError
 from .specs import Arm, Experiment
+from .tables import facts_of
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +71,17 @@ class Plan:
     budget: float = 1.0
     split: str = "grouped"
     epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.budget > 0:
+            raise UserError(f"--budget must be positive, not {self.budget}")
+        if self.epochs is not None and self.epochs < 1:
+            raise UserError(f"--epochs must be 1 or more, not {self.epochs}")
+        folds = 1 if self.split == "own" else self.folds
+        if folds < (1 if self.split == "own" else 2):
+            raise UserError(f"--folds must be 2 or more, not {self.folds}")
+        if beyond := [number for number in self.only_folds if not 0 <= number < folds]:
+            raise UserError(f"--only-folds {beyond[0]}: there are the folds 0 to {folds - 1}")
 
 
 @dataclass(frozen=True)
@@ -132,32 +156,59 @@ def run(
             has no weights.
     """
     chosen = [experiment.arm(name) for name in plan.arms] or list(experiment.arms)
+    divided = {name: divide(name, dataset.groups, plan) for name, dataset in sets.items()}
+    find_guides(chosen, plan)
     files = []
     for set_name, dataset in sets.items():
-        for fold in divide(set_name, dataset.groups, plan):
+        members = members_of(dataset)
+        for fold in divided[set_name]:
             if plan.only_folds and fold.number not in plan.only_folds:
                 continue
             place = out / set_name / f"fold{fold.number}"
-            manifest = note_fold(place, dataset, fold)
+            manifest = note_fold(place, members, fold)
             for arm in chosen:
                 files.append(run_arm(arm, dataset, fold, manifest, place, plan, progress, said))
     return files
 
 
-def note_fold(place: Path, dataset: Dataset, fold: Fold) -> SplitManifest:
-    """Write split.json, or check that the one that is there says the same."""
+def find_guides(arms: Sequence[Arm], plan: Plan) -> None:
+    """See that the weights of all guides are here, before hours go into the first arm; UserError lists what is not."""
+    recipes = [arm.recipe(plan.base, plan.guide) for arm in arms]
+    problems = []
+    for name, weights in sorted({(o.guide, o.guide_weights) for o in recipes if o.fusion != "none"}, key=str):
+        try:
+            find_guide(name, weights)
+        except (UserError, ValueError) as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems) + "; or name the arms that need none of this with --arms")
+
+
+def note_fold(place: Path, members: Sequence[Member], fold: Fold) -> SplitManifest:
+    """Write split.json, or check that the one that is there says the same.
+
+    Args:
+        members: all images of the set, in its order.
+    """
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{place}: no folder can be made here ({error.strerror}); choose another --out") from error
     split = place / "split.json"
+    wanted = {name: tuple(sorted(members[i] for i in getattr(fold, name))) for name in ("train", "val", "test")}
     if split.is_file():
         manifest = read_manifest(split)
-        wanted = {name: sorted(dataset.ids[i] for i in getattr(fold, name)) for name in ("train", "val", "test")}
-        if {name: sorted(member.id for member in part) for name, part in manifest.parts.items()} != wanted:
+        if manifest.parts != wanted:
             raise UserError(f"{split}: divides other images, or otherwise; choose another --out")
         return manifest
-    return write_manifest(split, {name: [dataset.subset(getattr(fold, name))] for name in ("train", "val", "test")})
+    return write_members(split, wanted)
+
+
+def processor(device: str) -> str:
+    """What a run computes on, in words."""
+    if choose_device(device).type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
 
 
 def curve_of(folder: Path) -> list[dict[str, float]]:
@@ -185,15 +236,16 @@ def run_arm(
     result = place / f"{arm.name}.json"
     asked = options.noted()
     if result.is_file():
-        facts = json.loads(result.read_text())["facts"]
+        facts = facts_of(result)
         # what `auto` came to depends on the machine; a result from another one still counts
-        same = {**facts["options"], "precision": asked["precision"], "device": asked["device"]}
-        if not options.equal(same) or facts["split_sha256"] != manifest.sha256:
+        same = {**facts.get("options", {}), "precision": asked["precision"], "device": asked["device"]}
+        if not options.equal(same) or facts.get("split_sha256") != manifest.sha256:
             raise UserError(f"{result}: was made with other options or images; choose another --out")
         return result
     name = f"{dataset.name}, fold {fold.number}, {arm.title}"
     said(f"{name}: {options.epochs} epochs of {options.steps_per_epoch} steps")
     keep_freed_memory()
+    begun = (place / arm.name / RESUME).is_file()
     start = time.perf_counter()
     train, val = ([dataset.subset(part)] for part in (fold.train, fold.val))
     model = fit(train, val, place / arm.name, options, progress=progress)
@@ -201,9 +253,11 @@ def run_arm(
     scores = evaluate(load(model, device=options.device, precision="fp32"), dataset.subset(fold.test))
     write_scores(result, scores, {
         "arm": arm.name, "title": arm.title, "dataset": dataset.name, "fold": fold.number, "options": asked,
-        "split_sha256": manifest.sha256, "seed": options.seed, "training_seconds": round(trained_s, 1),
+        "split_sha256": manifest.sha256, "seed": options.seed,
+        "training_seconds": None if begun else round(trained_s, 1),      # of a run that was cut the rest is not known
+        "trained_in": json.loads((place / arm.name / "options.json").read_text())["precision"],
         "code": f"nuguide {__version__}", "torch": torch.__version__, "numpy": np.__version__,
-        "threads": torch.get_num_threads(), "curve": curve_of(place / arm.name),
+        "processor": processor(options.device), "threads": torch.get_num_threads(), "curve": curve_of(place / arm.name),
     })
     said(f"{name}: Dice {scores['dice'].mean():.3f}, AJI {scores['aji'].mean():.3f}, PQ {scores['pq'].mean():.3f}")
     return result

@@ -143,7 +143,7 @@ EXPERIMENTS = {
                     "x_gfb_all", "guided, X-GFB and gates at every level",
                     {"network": "eunet3plus", "levels": "all"}, guided=True,
                 ),
-                _fusion("cross_random", "the same, guide of random weights", guide_weights="random:0"),
+                _fusion("cross_random", "guided, cross-attention, guide of random weights", guide_weights="random:0"),
             ),
             "eunet3plus",
             _printed({

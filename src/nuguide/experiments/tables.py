@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ..evaluate import paired, read_scores
+from ..types import UserError
 from .specs import Experiment
 
 METRICS = {"dice": "Dice", "iou": "IoU", "dice_weighted": "Dice, weighted", "iou_weighted": "IoU, weighted",
@@ -23,14 +25,25 @@ def only(rows: pd.DataFrame, **values: object) -> pd.DataFrame:
     return rows.take(np.flatnonzero(np.logical_and.reduce(kept)))
 
 
+def facts_of(result: Path) -> dict[str, Any]:
+    """The facts in a result file; UserError where it is none."""
+    try:
+        facts = json.loads(result.read_text())["facts"]
+        if {"arm", "fold", "seed"} <= set(facts):
+            return facts
+        missing = "facts of a run are missing"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        missing = str(error)
+    raise UserError(f"{result}: is no result of a run ({missing}); remove it to run that arm anew")
+
+
 def results(out: Path, experiment: Experiment) -> pd.DataFrame:
     """The image rows of all result files of an experiment: those of `Scores`, and set, arm, fold and seed."""
     tables = []
     for arm in experiment.arms:
         for file in sorted(out.glob(f"*/fold*/{arm.name}.json")):
-            document = json.loads(file.read_text())
-            facts = {name: document["facts"][name] for name in ("arm", "fold", "seed")}
-            tables.append(pd.DataFrame(document["images"]).assign(set=file.parts[-3], **facts))
+            facts = {name: facts_of(file)[name] for name in ("arm", "fold", "seed")}
+            tables.append(read_scores(file).assign(set=file.parts[-3], **facts))
     nothing = pd.DataFrame(columns=pd.Index(["set", "arm", "fold", *METRICS]))
     return pd.concat(tables, ignore_index=True) if tables else nothing
 
@@ -40,7 +53,7 @@ def curves(out: Path, experiment: Experiment) -> pd.DataFrame:
     rows = []
     for arm in experiment.arms:
         for file in sorted(out.glob(f"*/fold*/{arm.name}.json")):
-            facts = json.loads(file.read_text())["facts"]
+            facts = facts_of(file)
             where = {"set": file.parts[-3], "arm": arm.name, "fold": facts["fold"]}
             rows += [where | epoch for epoch in facts.get("curve", ())]
     return pd.DataFrame(rows, columns=pd.Index(["set", "arm", "fold", "step", "train_loss", "val_dice"]))
@@ -121,7 +134,7 @@ def markdown(rows: pd.DataFrame, experiment: Experiment, beside: Path | None = N
             lines.append(f"| {' | '.join([row['title'], str(row['images']), str(row['folds']), *cells, *printed])} |")
         ids = sorted(set(only(rows, set=set_name)["id"]))
         for title, others in standing_beside(beside, set_name, ids) if beside else []:
-            cells = [cell(others[metric].mean(), float("nan")) for metric in METRICS]
+            cells = [f"{others[metric].mean():.3f}" for metric in METRICS]
             lines.append(f"| {title} | {len(others)} |  | {' | '.join(cells)} |  |  |")
         of_set = only(apart, set=set_name)
         if len(of_set):
@@ -137,21 +150,39 @@ def markdown(rows: pd.DataFrame, experiment: Experiment, beside: Path | None = N
     return "\n\n".join(parts)
 
 
-def latex(rows: pd.DataFrame, experiment: Experiment) -> str:
-    """The table as a LaTeX tabular for booktabs: arms down, sets across, Dice and AJI each."""
+def latex(rows: pd.DataFrame, experiment: Experiment, beside: Path | None = None) -> str:
+    """The table as a LaTeX tabular for booktabs: arms down, and for each set Dice, IoU, AJI, PQ and the printed Dice.
+
+    Args:
+        beside: as of `markdown`.
+    """
     table = summary(rows, experiment)
     sets = list(table["set"].unique()) if len(table) else []
-    lines = [
-        rf"\begin{{tabular}}{{l{'rr' * len(sets)}}}", r"\toprule",
-        " & ".join(["", *(rf"\multicolumn{{2}}{{c}}{{{name}}}" for name in sets)]) + r" \\",
-        " & ".join(["", *["Dice", "AJI"] * len(sets)]) + r" \\", r"\midrule",
-    ]
-    for arm in experiment.arms:
-        cells = []
-        for set_name in sets:
+    shown = ("dice", "iou", "aji", "pq")
+    heads = [*(METRICS[metric] for metric in shown), "printed Dice"]
+    body = [[escaped(arm.title)] for arm in experiment.arms]
+    others = {title: [escaped(title)] for title in BESIDE.values()} if beside else {}
+    for set_name in sets:
+        for line, arm in zip(body, experiment.arms, strict=True):
             found = only(table, set=set_name, arm=arm.name).to_dict("records")
-            for metric in ("dice", "aji"):
-                text = cell(found[0][metric], found[0][f"{metric}_sd"]) if found else "--"
-                cells.append(text.replace("±", r"$\pm$"))
-        lines.append(" & ".join([arm.title, *cells]) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+            cells = [cell(found[0][metric], found[0][f"{metric}_sd"]) for metric in shown] if found else ["--"] * 4
+            printed = experiment.printed.get(arm.name, {}).get(set_name, (None,))[0]
+            line += [*(text.replace("±", r"$\pm$") for text in cells), "--" if printed is None else f"{printed:.3f}"]
+        ids = sorted(set(only(rows, set=set_name)["id"]))
+        known = dict(standing_beside(beside, set_name, ids)) if beside else {}
+        for title, line in others.items():
+            means = [f"{known[title][metric].mean():.3f}" for metric in shown] if title in known else ["--"] * 4
+            line += [*means, "--"]
+    columns = "r" * len(heads) * len(sets)
+    return "\n".join([
+        rf"\begin{{tabular}}{{l{columns}}}", r"\toprule",
+        " & ".join(["", *(rf"\multicolumn{{{len(heads)}}}{{c}}{{{escaped(name)}}}" for name in sets)]) + r" \\",
+        " & ".join(["", *heads * len(sets)]) + r" \\", r"\midrule",
+        *(" & ".join(line) + r" \\" for line in [*body, *others.values()]),
+        r"\bottomrule", r"\end{tabular}",
+    ]) + "\n"
+
+
+def escaped(text: str) -> str:
+    """Text for LaTeX."""
+    return "".join(f"\\{character}" if character in "&%$#_{}" else character for character in text)

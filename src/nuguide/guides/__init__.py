@@ -282,7 +282,8 @@ def load_guide(
         network.load_state_dict(random_state(network, seed), assign=True)
         measure_batch_norm(network, seed)
         return FrozenGuide(network, spec, f"random-{seed}", image_px, scale)
-    path = _weights_path(spec, None if weights is None else Path(weights))
+    path = find_guide(name, weights)
+    assert path is not None
     fill(network, spec, path)
     log.info("%s: weights %s, license: %s, cite: %s", name, path, spec.license, spec.citation)
     return FrozenGuide(network, spec, file_sha256(path)[:12], image_px, scale)
@@ -295,10 +296,19 @@ def _seed(weights: str) -> int:
         raise ValueError(f"random weights are named random:SEED with a whole number, got {weights!r}") from None
 
 
-def _weights_path(spec: GuideSpec, weights: Path | None) -> Path:
-    if weights is None and spec.name == "efficientnet_lite0":
+def find_guide(name: str, weights: Path | str | None = None) -> Path | None:
+    """The weights file of a guide, downloaded if need be; None for "random:SEED", which needs none.
+
+    Raises:
+        ValueError: no such guide. UserError: the weights are not to be had; the message says what to put where.
+    """
+    if name not in GUIDES:
+        raise ValueError(f"unknown guide {name!r}; choose from {', '.join(GUIDES)}")
+    if isinstance(weights, str) and weights.startswith("random:"):
+        return None
+    if weights is None and name == "efficientnet_lite0":
         return efficientnet.weights_file()              # inside an installed package
-    return find_weights(spec, weights)
+    return find_weights(GUIDES[name], None if weights is None else Path(weights))
 
 
 def fill(network: nn.Module, spec: GuideSpec, path: Path) -> None:

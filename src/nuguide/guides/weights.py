@@ -125,7 +125,7 @@ def remedy(spec: GuideSpec) -> str:
     digest = f"sha256 {spec.sha256}" if spec.sha256 else "sha256 not known here, so it is taken unchecked"
     return (
         f"get {file} from {spec.url or spec.home} ({size}, {digest}) "
-        f"and save it as {cache_dir() / spec.filename}, or name your copy: weights=FILE"
+        f"and save it as {cache_dir() / spec.filename}, or name your copy: --guide-weights FILE, in Python weights=FILE"
     )
 
 

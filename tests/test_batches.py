@@ -297,6 +297,27 @@ def test_a_patch_knows_its_picture_before_it_is_made() -> None:
     assert len(set(shown)) == 3
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_nucleus_that_a_patch_cuts_has_the_interior_of_the_whole_one(
+    cached: bool, mean_color: FrozenGuide, tmp_path: Path
+) -> None:
+    # each pixel's color tells its place; with 12 px between nuclei and borders all of a nucleus lies in the margin
+    rows, columns = np.mgrid[:96, :96].astype(np.uint8)
+    labels = np.zeros((96, 96), np.int32)
+    for number, (y, x) in enumerate([(30, 30), (30, 66), (66, 30), (66, 66)], start=1):
+        cv2.circle(labels, (x, y), 10, number, -1)
+    whole = Picture("one", "all", np.stack([rows, columns, np.full_like(rows, 255)], axis=2), labels)
+    cache = LatentCache(tmp_path, 10**7) if cached else None
+    patches = Patches([whole], 32, STILL, 0, guide=mean_color if cached else None, cache=cache)
+    true, cut = targets(labels), 0
+    for number in range(30):
+        image, target, *_ = patches[number]
+        expected = true[:, image[..., 0], image[..., 1]]
+        assert np.array_equal(target, expected)
+        cut += int(target[0][[0, -1]].any())
+    assert cut > 10
+
+
 def test_gaps_count_for_the_interior_map_alone() -> None:
     labels = np.zeros((32, 32), np.int32)
     labels[4:28, 2:16], labels[4:28, 16:30] = 1, 2

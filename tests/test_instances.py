@@ -53,6 +53,16 @@ def test_the_interior_of_a_square_lies_deeper_than_two_fifths_of_its_depth():
     assert INTERIOR_DEPTH == 0.4
 
 
+def test_targets_turn_with_their_labels():
+    labels = draw_tissue(3, (96, 96), 40, (6, 10))[1].astype(np.int32)
+    labels[:, 48:][labels[:, 48:] > 0] += 1000          # and many that touch along a line
+    upright = targets(labels)
+    for turns in range(4):
+        for flip in (1, -1):
+            turned = np.ascontiguousarray(np.rot90(labels, turns)[:, ::flip])
+            np.testing.assert_array_equal(targets(turned), np.rot90(upright, turns, (1, 2))[..., ::flip])
+
+
 def test_gaps_lie_within_three_pixels_of_two_nuclei_and_in_no_interior():
     labels = np.zeros((21, 40), np.int32)
     labels[5:16, 3:14], labels[5:16, 16:27] = 4, 9      # 11 x 11 each, two pixels between them

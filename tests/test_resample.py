@@ -114,6 +114,29 @@ def test_image_labels_and_maps_stay_within_half_a_pixel_of_each_other(size: tupl
         assert np.all(np.abs(center(moved) - truth) * size < 0.5)
 
 
+def test_labels_that_shrink_have_that_of_most_of_a_pixel() -> None:
+    labels = np.array([[1, 1, 2, 0], [1, 0, 0, 0], [3, 4, 5, 5], [4, 4, 6, 6]], np.int32)
+    # 3 of 4; 3 of 4; 3 of 4; and two of two: by turns the upper left one's and the lower right one's
+    assert resize_labels(labels, (2, 2)).tolist() == [[1, 0], [4, 5]]
+    assert resize_labels(labels[:, 2:], (2, 1)).tolist() == [[0], [6]]
+    assert resize_labels(np.array([[7, 7, 8]], np.uint16), (1, 1)).dtype == np.uint16
+    assert resize_labels(np.array([[7, 7, 8]], np.uint16), (1, 1)).tolist() == [[7]]
+
+
+@pytest.mark.parametrize("times", [1.3, 2, 2.5, 4])
+def test_labels_that_shrink_neither_move_nor_grow(times: float) -> None:
+    side, away, areas = 240, [], []
+    for seed in range(60):
+        y, x, radius = np.random.default_rng(seed).uniform((90, 90, 20), (150, 150, 40))
+        rows, columns = np.mgrid[:side, :side]
+        labels = ((rows + 0.5 - y) ** 2 + (columns + 0.5 - x) ** 2 <= radius**2).astype(np.int32)
+        found = resize_labels(labels, (round(side / times), round(side / times)))
+        away.append((center(found) - center(labels)) * found.shape)
+        areas.append(found.mean() / labels.mean())
+    assert np.all(np.abs(np.mean(away, axis=0)) < 0.02)                # pixels of the new map
+    assert np.mean(areas) == pytest.approx(1, abs=0.006)             # a curve loses a little
+
+
 def test_weights_by_hand() -> None:
     one = 2**WEIGHT_BITS
     # 5 pixels over 2: each new pixel has two old ones and half of the one between

@@ -32,7 +32,8 @@ def as_process(number: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None
 def test_alone_a_process_leads_and_has_all_of_the_work() -> None:
     assert leads()
     assert place() == (0, 1)
-    assert mean_of_all([0.25, 0.75], torch.device("cpu")) == 0.5
+    assert mean_of_all([(0.25, 1.0), (0.75, 1.0)], torch.device("cpu")) == 0.5
+    assert mean_of_all([(0.25, 0.5), (0.75, 0.5), (1.0, 1.0)], torch.device("cpu")) == 0.75
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 import nuguide
 from conftest import draw_tissue
 from nuguide import checkpoint, train
-from nuguide.batches import Batch, Patches
+from nuguide.batches import Batch, Patches, Picture
 from nuguide.calibrate import calibrate
 from nuguide.datasets import Dataset, Entry
 from nuguide.guides import FrozenGuide, load_guide
@@ -26,6 +26,7 @@ from nuguide.normalize import StainNormalizer
 from nuguide.recipe import TrainOptions
 from nuguide.train import RESUME, KeepBest, Training, fit, loaders, note_epoch, seen, training_pictures
 from nuguide.types import Sample, UserError
+from nuguide.zoo import trained_on
 
 LEARNS = TrainOptions(width=4, patch_px=64, epochs=3, steps_per_epoch=8, batch=4, lr=5e-3, precision="fp32")
 TINY = TrainOptions(width=1, patch_px=32, epochs=3, steps_per_epoch=3, batch=2, precision="fp32")
@@ -330,6 +331,40 @@ def test_a_range_of_resolutions_is_drawn_from_the_finest(tmp_path: Path) -> None
     _, _, spec = checkpoint.load(fit(drawn(0), drawn(2), tmp_path / "out", options, progress=False))
     assert spec.mpp == 0.5
     assert spec.int8_ranges
+
+
+def test_each_set_counts_alike_in_validation_and_vague_areas_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = np.zeros((32, 32), np.int32)
+    labels[:, :8] = 1
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[:, :16] = 255                                  # found: twice as much as is annotated
+    vague = np.zeros((32, 32), bool)
+    vague[:, 8:16] = True
+    pictures = [
+        Picture("a1", "many/p", image, labels), Picture("a2", "many/p", image, labels),
+        Picture("a3", "many/p", image, labels), Picture("b", "few/p", image, labels, vague),
+    ]
+    _, held = loaders(training_pictures(drawn(0), TINY), pictures, tmp_path, None, TINY)
+    training, told = Training(torch.nn.Identity(), None, TINY), {}
+    monkeypatch.setattr(training, "forward", lambda image: image - 128)
+    monkeypatch.setattr(training, "log", lambda name, value, **_: told.update({name: value}))
+    for number, batch in enumerate(held):
+        training.validation_step(batch, number)
+    training.on_validation_epoch_end()
+    assert told["val_dice"] == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_what_a_start_was_trained_on_is_known_over_generations(run: SimpleNamespace, tmp_path: Path) -> None:
+    options = dataclasses.replace(LEARNS, epochs=1, steps_per_epoch=1, lr=1e-9)
+    first = dataclasses.replace(options, start=str(run.model))
+    second = dataclasses.replace(options, start=str(fit(drawn(4), drawn(12), tmp_path / "b", first, progress=False)))
+    with pytest.raises(UserError, match="was trained on patient0 of drawn, so validating on it says nothing"):
+        fit(drawn(5), drawn(0), tmp_path / "c", second, progress=False)
+    _, _, spec = checkpoint.load(fit(drawn(5), drawn(13), tmp_path / "d", second, progress=False))
+    groups = [part["groups"] for part in trained_on(spec.origin)]
+    assert groups == [["patient0", "patient1", "patient2", "patient3"], ["patient4"], ["patient5"]]
 
 
 def test_training_goes_on_from_another_models_weights(run: SimpleNamespace, tmp_path: Path) -> None:

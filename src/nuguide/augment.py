@@ -55,22 +55,30 @@ def augment(
     how: Augmentation,
     around: int = 0,
     fill: Sequence[float] | None = None,
+    margin: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A random patch, `size` pixels square, of an image (H, W, 3) uint8 and its labels (H, W) int32.
 
     The patch is centered anywhere inside; beyond the border the image is mirrored, labels with it. The image comes
-    with `around` more pixels on every side, the labels without; where a color to `fill` with is given, they show it
+    with `around` more pixels on every side, the labels with `margin`, in which a nucleus that the
+    image's border cuts goes on; where a color to `fill` with is given, they show it
     instead of the mirrored image. What is `around` changes nothing of the patch itself, but that blur and compression
     reach into it: with a guide and without, a network learns from the same patches.
     """
-    x, y = geometry(image_rgb.shape[:2], size, rng, how, around)
+    wide = max(around, margin)
+    everywhere = geometry(image_rgb.shape[:2], size, rng, how, wide)
+    x, y = (np.ascontiguousarray(place[within(place, wide - around)]) for place in everywhere)
     patch = cv2.remap(image_rgb, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
     beyond = np.zeros(x.shape, bool)
     if fill is not None:
         height, width = image_rgb.shape[:2]
         beyond = (x < -0.5) | (x > width - 0.5) | (y < -0.5) | (y > height - 0.5)
         beyond[within(beyond, around)] = False
-    x, y = (np.ascontiguousarray(place[within(place, around)]) for place in (x, y))
+    x, y = (np.ascontiguousarray(place[within(place, wide - margin)]) for place in everywhere)
+    beside = np.ones(x.shape, bool)
+    beside[within(beside, margin)] = False
+    for place, side in ((x, image_rgb.shape[1]), (y, image_rgb.shape[0])):
+        place[beside] = place[beside].clip(0, side - 1)
     # float32 holds label values exactly up to 2^24; remap takes no int32
     found = cv2.remap(labels.astype(np.float32), x, y, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REFLECT_101)
     patch = degrade(recolor(patch, rng, how, around), rng, how, around)

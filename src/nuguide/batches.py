@@ -24,6 +24,8 @@ from .stain import exposed
 from .types import Sample
 
 INTERIOR = CHANNELS.index("interior")
+MARGIN_PX = 24              # of labels around a patch: a nucleus that it cuts keeps the interior that all of it has
+INNER = np.s_[:, MARGIN_PX:-MARGIN_PX, MARGIN_PX:-MARGIN_PX]
 
 
 class Patch(NamedTuple):
@@ -158,7 +160,9 @@ class Patches(Dataset):
         latent = None
         if self.cache is None:
             fill = MEAN if self.guide is not None and self.guide.scale == "region" else None
-            image, labels = augment(drawn.image_rgb, drawn.taught, self.patch_px, rng, self.how, self.around, fill)
+            image, labels = augment(
+                drawn.image_rgb, drawn.taught, self.patch_px, rng, self.how, self.around, fill, MARGIN_PX
+            )
         else:
             assert self.guide is not None
             if self.guide.scale == "region":
@@ -175,9 +179,10 @@ class Patches(Dataset):
         if self.gap_weight != 1:
             weight = np.ones_like(target)
             weight[INTERIOR, gaps(labels, target[INTERIOR])] = self.gap_weight
+            weight = weight[INNER]
         if drawn.semantic_only:
             target[INTERIOR] = IGNORED
-        return Patch(image, target, latent, weight)
+        return Patch(image, target[INNER], latent, weight)
 
     def _drawn(self, index: int) -> tuple[int, np.random.Generator]:
         """The number of the picture that a patch is drawn from, and what draws the rest of it."""
@@ -210,6 +215,8 @@ def lattice_patch(
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """A square patch at a multiple of half its side, mirrored where the picture is smaller: image, labels, its corner.
 
+    The labels come with `MARGIN_PX` more on every side, in which a nucleus that the border cuts goes on.
+
     Args:
         multiple: corners are moved up and left to multiples of this, in pixels.
     """
@@ -218,7 +225,10 @@ def lattice_patch(
         places = [*range(0, max(side - patch_px, 0), patch_px // 2), max(side - patch_px, 0)]
         corner.append(places[rng.integers(len(places))] // multiple * multiple)
     window = tuple(slice(start, start + patch_px) for start in corner)
-    image, labels = (mirrored(part[window], patch_px, patch_px) for part in (drawn.image_rgb, drawn.taught))
+    image = mirrored(drawn.image_rgb[window], patch_px, patch_px)
+    wide = tuple(slice(start, start + patch_px + 2 * MARGIN_PX) for start in corner)
+    labels = mirrored(drawn.taught, *(max(side, patch_px) for side in drawn.labels.shape))
+    labels = np.pad(labels, MARGIN_PX, mode="edge")[wide]
     return image, labels, (corner[0], corner[1])
 
 

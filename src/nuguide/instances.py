@@ -26,8 +26,10 @@ def targets(labels: np.ndarray) -> np.ndarray:
     the label is `IGNORED` so are both targets; what is seen of a nucleus beside it ends there.
     """
     apart = labels > 0
-    apart[:-1] &= (labels[:-1] == labels[1:]) | (labels[1:] == 0)
-    apart[:, :-1] &= (labels[:, :-1] == labels[:, 1:]) | (labels[:, 1:] == 0)
+    for one, other in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):
+        touch = (labels[one] != labels[other]) & (labels[one] > 0) & (labels[other] > 0)
+        apart[one] &= ~touch                                          # on both sides, so that no side is preferred
+        apart[other] &= ~touch
     depth = cv2.distanceTransform(apart.astype(np.uint8), cv2.DIST_L2, 5)
     inside = np.flatnonzero(labels > 0)
     found, index = np.unique(labels.ravel()[inside], return_inverse=True)

@@ -27,9 +27,10 @@ def place() -> tuple[int, int]:
     return 0, 1
 
 
-def mean_of_all(values: list[float], device: torch.device) -> float:
-    """The mean of the values of all processes; each has at least one."""
-    sums = torch.tensor([sum(values), len(values)], dtype=torch.float64, device=device)
+def mean_of_all(values: list[tuple[float, float]], device: torch.device) -> float:
+    """The mean of the values of all processes, pairs of value and weight; each has at least one."""
+    weighted, weights = sum(value * weight for value, weight in values), sum(weight for _, weight in values)
+    sums = torch.tensor([weighted, weights], dtype=torch.float64, device=device)
     if place()[1] > 1:
         distributed.all_reduce(sums)
     return float(sums[0] / sums[1])

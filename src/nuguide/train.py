@@ -12,9 +12,10 @@ import math
 import os
 import pickle
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -45,6 +46,7 @@ from .resample import resampled_size, resize_image
 from .together import Share, Stretch, leads, mean_of_all, place
 from .types import UserError
 from .widen import widen
+from .zoo import trained_on
 
 RESUME = "last.ckpt"
 LATENTS_MAX_BYTES = 8 * 2**30
@@ -58,15 +60,24 @@ EXPECTED = {
 }
 
 
+class Held(NamedTuple):
+    """A validation image (1, 3, H, W) float32, its labels (H, W) and what to ignore; its share of its data set."""
+
+    image: Tensor
+    labels: np.ndarray
+    ignore: np.ndarray | None
+    share: float
+
+
 class Training(lightning.LightningModule):
-    """One training run: the model, its loss, its validation by mean nucleus Dice, its optimizer."""
+    """One training run: the model, its loss, its optimizer, its validation by nucleus Dice, each data set alike."""
 
     def __init__(self, model: nn.Module, guide: nn.Module | None, options: TrainOptions):
         super().__init__()
         self.model = model
         self.frozen = [guide]            # in a list, so that its weights stay out of checkpoints
         self.options = options
-        self.dice_per_image: list[float] = []
+        self.dice_and_share: list[tuple[float, float]] = []
 
     def forward(self, image: Tensor, latent: Tensor | None = None) -> Tensor:
         """Logits of images (B, 3, H, W); the guide is run where no latent is given."""
@@ -113,15 +124,15 @@ class Training(lightning.LightningModule):
         patches = zip(heads[0].detach().float(), batch.target, strict=True)
         return {"loss": loss, "each": torch.stack([focal_loss(patch, target) for patch, target in patches])}
 
-    def validation_step(self, batch: tuple[Tensor, np.ndarray], _index: int) -> None:
-        image, labels = batch
-        found = self(image).float()[0, 0] > 0
-        self.dice_per_image.append(dice(labels, found.cpu().numpy().astype(np.uint8)))
+    def validation_step(self, batch: Held, _index: int) -> None:
+        found = self(batch.image).float()[0, 0] > 0
+        score = dice(batch.labels, found.cpu().numpy().astype(np.uint8), batch.ignore)
+        self.dice_and_share.append((score, batch.share))
 
     def on_validation_epoch_end(self) -> None:
         shared = place()[1] > 1
-        self.log("val_dice", mean_of_all(self.dice_per_image, self.device), prog_bar=True, sync_dist=shared)
-        self.dice_per_image.clear()
+        self.log("val_dice", mean_of_all(self.dice_and_share, self.device), prog_bar=True, sync_dist=shared)
+        self.dice_and_share.clear()
 
     def configure_optimizers(self) -> Any:
         o = self.options
@@ -229,10 +240,11 @@ def draw_curves(metrics: Path, picture_path: Path) -> None:
     figure.savefig(picture_path, dpi=110)
 
 
-def one_image(batch: list[Picture]) -> tuple[Tensor, np.ndarray]:
-    """A validation batch: image (1, 3, H, W) float32 and its labels (H, W)."""
-    (drawn,) = batch
-    return torch.from_numpy(drawn.image_rgb.copy()).permute(2, 0, 1)[None].float(), drawn.labels
+def one_image(batch: list[tuple[Picture, float]]) -> Held:
+    """A validation batch: one picture."""
+    ((drawn, share),) = batch
+    image = torch.from_numpy(drawn.image_rgb.copy()).permute(2, 0, 1)[None].float()
+    return Held(image, drawn.labels, drawn.ignore, share)
 
 
 def pictures_of(
@@ -392,7 +404,10 @@ def loaders(
     train: list[Picture], val: list[Picture], out: Path, guide: FrozenGuide | None, options: TrainOptions,
     processes: int = 1,
 ) -> tuple[DataLoader, DataLoader]:
-    """Batches to train on, drawn anew in every epoch, and whole images to validate on; of each this process's share."""
+    """Batches to train on, drawn anew in every epoch, and whole images to validate on; of each this process's share.
+
+    Of several data sets to validate on each counts alike, however many images it has.
+    """
     cache = pool = None
     if guide is not None and options.latents == "cached":
         cache, pool = LatentCache(out / "latents", LATENTS_MAX_BYTES), options.patch_px // 16
@@ -411,12 +426,14 @@ def loaders(
         factors,
         options.gap_weight,
     )
+    sets = Counter(drawn.group.partition("/")[0] for drawn in val)
+    held = [(drawn, 1 / sets[drawn.group.partition("/")[0]]) for drawn in val]
     steps = options.steps_per_epoch or math.ceil(len(train) / options.batch)
     return (
         DataLoader(
             patches, batch_size=options.batch // processes, sampler=Stretch(steps, options.batch), collate_fn=collate
         ),
-        DataLoader(val, 1, sampler=Share(len(val)), collate_fn=one_image),  # pyright: ignore[reportArgumentType]
+        DataLoader(held, 1, sampler=Share(len(held)), collate_fn=one_image),  # pyright: ignore[reportArgumentType]
     )
 
 
@@ -513,12 +530,13 @@ def started(
     if other := [name for name in kind if getattr(there, name) != getattr(spec, name)]:
         told = ", ".join(f"{name} is {getattr(before, name)!r} there, {getattr(spec, name)!r} here" for name in other)
         raise UserError(f"{start}: no start for this training: {told}; train with the same")
-    seen = {(part["name"], group) for part in before.origin.get("trained_on", []) for group in part["groups"]}
+    seen = {(part["name"], group) for part in trained_on(before.origin) for group in part["groups"]}
     if again := sorted({(d.name, group) for d in val for group in d.groups} & seen):
         names = ", ".join(f"{group} of {name}" for name, group in again[:4])
         raise UserError(f"{start}: was trained on {names}, so validating on it says nothing; hold out other groups")
     begin(model, known, before.network_options["width"], width["width"], start)
-    facts = {"model": start, "trained_on": before.origin.get("trained_on"), "options": before.origin.get("options")}
+    known_of_it = ("trained_on", "options", "started_from")             # which goes back to the first start
+    facts = {"model": start} | {name: before.origin[name] for name in known_of_it if name in before.origin}
     return dataclasses.replace(spec, origin=spec.origin | {"started_from": facts})
 
 

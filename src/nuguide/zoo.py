@@ -91,11 +91,11 @@ def find(name: str) -> Shipped:
 
 
 def trained_on(origin: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Name, license and images of every data set that a model, or one that it started from, was trained on."""
+    """Name, license, images and groups of every data set that a model, or one that it started from, was trained on."""
     if "started_from" in origin:
         yield from trained_on(origin["started_from"])
     for part in origin.get("trained_on", ()):
-        yield {key: part[key] for key in ("name", "license", "images")}
+        yield {"groups": [], **part}
 
 
 def parameters(weights: Path) -> int:

@@ -414,6 +414,19 @@ def gaps() -> str:
     return "\n".join(lines)
 
 
+def stain() -> str:
+    """Our stain normalization and torchstain's, on drawn tissue."""
+    found = json.loads((RESULTS / "stain.json").read_text())["methods"]
+    head = ("method", "difference, of 255", "angle of the stains, mean (worst)", "s/megapixel", "tiles it stumbles on")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, row in found.items():
+        angle = f"{row['angle_mean_deg']:.1f}° ({row['angle_worst_deg']:.1f}°)" if "angle_mean_deg" in row else ""
+        cells = [name, f"{row['difference']:.1f}", angle, f"{row['seconds_per_megapixel']:.2f}",
+                 ", ".join(row["stumbles_on"]) or "none"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def cross_validated(name: str) -> str:
     """A set, each group scored by a model that did not see it."""
     rows = read_scores(RESULTS / f"cv.{name}.json")
@@ -461,7 +474,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "slide_growth": slide_growth, "slide_seams": slide_seams, "slide_beside": slide_beside,
     "robustness": robust, "robustness_limits": robust_limits,
     "experiments": experiments, "cross_validated": cross_validated, "further": further,
-    "errors": errors, "gaps": gaps,
+    "errors": errors, "gaps": gaps, "stain": stain,
 }
 
 

@@ -205,6 +205,12 @@ def test_a_broken_description_is_refused(folder: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"separation": {"foo": 1}}, "foo"),
+        ({"separation": {"nucleus": "x"}}, "nucleus is 'x', no positive number"),
+        ({"separation": {"reach_um": float("inf")}}, "reach_um is inf, no positive number"),
+        ({"mpp": 0}, "mpp is 0, no positive number"),
+        ({"mpp": "a"}, "mpp is 'a', no positive number"),
+        ({"tile_px": -64}, "tile_px is -64, no positive number"),
         ({"network": "unet9"}, "unknown network 'unet9'; choose from unet"),
         ({"network_options": {"depth": 9}}, "depth"),
         ({"fusion": "add", "guide": "efficientnet_lite0"}, "unknown fusion 'add'; choose from x_gfb"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import json
 import os
 import pickle
@@ -287,6 +288,15 @@ BAD = {
 }
 
 
+def test_a_name_that_the_terminal_cannot_show_does_not_end_the_run(image, out, model, tmp_path, monkeypatch):
+    odd = image.rename(image.with_name("細胞.png"))
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert segment(odd, out, model) == 0
+    shown.flush()
+    assert b"\\u7d30\\u80de.png: " in shown.buffer.getvalue()
+
+
 def test_every_bad_file_gets_one_line_at_the_end_and_the_rest_goes_on(image, out, model, drawn, tmp_path, capsys):
     bad = {kind: bad_file(tmp_path / f"{kind}.png", kind, drawn[0]) for kind in BAD}
     assert segment([*bad.values(), image], out, model, "--mpp", 0.5) == 1
@@ -359,7 +369,7 @@ def small_files(largest_bytes: int) -> Iterator[None]:
 def test_a_write_that_fails_in_its_middle_leaves_nothing_half_done(image, out, model, largest_bytes, capsys):
     with small_files(largest_bytes):
         assert segment(image, out, model, "--mpp", 0.5) == 2
-    left = {path.name: path.read_bytes() for path in out.iterdir()}
+    left = {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith(".")}
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"failed: {out}")
     assert "not written" in said
@@ -455,6 +465,11 @@ def test_evaluate_scores_every_image_of_every_data_set(tmp_path, model, capsys):
     rows = json.loads((tmp_path / "scores.json").read_text())["images"]
     assert [(row["dataset"], row["id"]) for row in rows] == [("one", "0"), ("one", "1"), ("two", "0"), ("two", "1")]
     assert min(row["dice"] for row in rows) > 0.8, "this fake knows drawn nuclei"
+    capsys.readouterr()
+    assert nuguide("evaluate", *parts, "--model", model, "--out", tmp_path / "no" / "scores.json", *PLAIN) == 2
+    heard, missing = capsys.readouterr(), tmp_path / "no" / "scores.json"
+    assert heard.err.splitlines()[-1] == f"nuguide: {missing}: there is no such folder; make it first"
+    assert "2 images" not in heard.out                  # before hours go into scores
 
 
 def test_a_data_set_is_named_with_or_without_its_kind(tmp_path, model, capsys):

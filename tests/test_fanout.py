@@ -19,7 +19,7 @@ from nuguide.nuclei import Nuclei
 from nuguide.types import UserError
 
 ALL = list(ENDINGS)
-COLUMNS = "name,nuclei,nuclei_per_mm2,mean_area_um2,mean_probability,seconds,mpp,source,model,warnings"
+COLUMNS = "name,nuclei,nuclei_per_mm2,mean_area_um2,mean_probability,seconds,mpp,source,model,warnings,bytes,modified"
 
 
 class Segment:
@@ -281,10 +281,86 @@ def test_a_run_that_was_cut_while_writing_leaves_no_half_and_goes_on(tmp_path, m
         cut.setattr(export.tifffile, "imwrite", pull_the_plug)
         with pytest.raises(KeyboardInterrupt):
             run([file], tmp_path / "out", formats=["csv", "labels"])
-    assert names(tmp_path / "out") == ["a.csv"]
+    assert names(tmp_path / "out") == [".a.begun", "a.csv"]                      # so a.csv is known as ours
     assert run([file], tmp_path / "out", segment := Segment(), formats=["csv", "labels"]).skipped == 0
     assert segment.calls == 1
     assert names(tmp_path / "out") == ["a.csv", "a.labels.tif", "summary.csv"]
+
+
+def test_files_that_are_not_ours_are_not_replaced_unless_asked_to(tmp_path):
+    file = squares(tmp_path / "in" / "a.png")
+    own = tmp_path / "out" / "a.csv"
+    own.parent.mkdir()
+    own.write_text("drawn by hand")
+    outcome = run([file], tmp_path / "out", segment := Segment(), formats=["geojson", "csv"])
+    assert outcome.failed == [f"{own}: is there already and in no summary.csv; choose another --out, or --overwrite it"]
+    assert (own.read_text(), segment.calls, names(tmp_path / "out")) == ("drawn by hand", 0, ["a.csv"])
+    assert not run([file], tmp_path / "out", formats=["geojson", "csv"], overwrite=True).failed
+    assert own.read_text() != "drawn by hand"
+
+
+def test_two_runs_do_not_write_into_one_folder_at_a_time(tmp_path):
+    file, other = squares(tmp_path / "a.png"), squares(tmp_path / "b.png")
+    told = []
+
+    class Meanwhile(Segment):
+        def __call__(self, *given) -> Nuclei:
+            with pytest.raises(UserError, match="out: another run is writing here; wait for it, or choose another"):
+                run([other], tmp_path / "out")
+            told.append(1)
+            return super().__call__(*given)
+
+    run([file], tmp_path / "out", Meanwhile())
+    assert told
+    assert names(tmp_path / "out") == ["a.csv", "summary.csv"]
+    assert not run([other], tmp_path / "out").failed
+    assert pd.read_csv(tmp_path / "out" / "summary.csv")["name"].tolist() == ["a", "b"]
+
+
+def test_a_cut_overwrite_leaves_nothing_that_counts_as_finished(tmp_path):
+    files = [squares(tmp_path / f"{name}.png") for name in "ab"]
+    run(files, tmp_path / "out", model="old")
+    with pytest.raises(KeyboardInterrupt):
+        run(files, tmp_path / "out", Segment({2: KeyboardInterrupt()}), model="new", overwrite=True)
+    assert pd.read_csv(tmp_path / "out" / "summary.csv")[["name", "model"]].to_numpy().tolist() == [["a", "new"]]
+    outcome = run(files, tmp_path / "out", segment := Segment(), model="new")
+    assert (outcome.skipped, segment.calls, outcome.failed) == (1, 1, [])
+
+
+def test_an_image_that_was_changed_since_is_not_taken_for_finished(tmp_path):
+    file = squares(tmp_path / "a.png", 1)
+    run([file], tmp_path / "out")
+    assert run([file], tmp_path / "out").skipped == 1
+    squares(file, 4)
+    (line,) = run([file], tmp_path / "out").failed
+    assert line.startswith(f"{file}: was changed after {tmp_path / 'out' / 'a'}.* were made; choose another --out")
+    assert run([file], tmp_path / "out", overwrite=True).rows[0].nuclei == 4
+    rows = pd.read_csv(tmp_path / "out" / "summary.csv").drop(columns=["bytes", "modified"])
+    rows.to_csv(tmp_path / "out" / "summary.csv", index=False)              # as an older version wrote it
+    assert run([file], tmp_path / "out").skipped == 1
+
+
+def test_memory_that_opencv_lacks_costs_one_image(tmp_path):
+    files = [squares(tmp_path / f"{name}.png") for name in "ab"]
+    short = cv2.error("Insufficient memory")
+    short.code = cv2.Error.StsNoMem
+    outcome = run(files, tmp_path / "out", Segment({1: short}))
+    assert outcome.failed == [f"{files[0]}: does not fit into memory; cut it into smaller images, or lower --batch"]
+    assert [row.name for row in outcome.rows] == ["b"]
+    odd = cv2.error("a bug")
+    odd.code = cv2.Error.StsAssert
+    with pytest.raises(cv2.error):
+        run(files, tmp_path / "out", Segment({1: odd}), overwrite=True)
+
+
+def test_a_link_that_leads_nowhere_is_told_of(tmp_path):
+    squares(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "b.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "in" / "c.png").mkdir()
+    outcome = run([tmp_path / "in"], tmp_path / "out")
+    assert [row.name for row in outcome.rows] == ["a"]
+    assert len(outcome.failed) == 1
+    assert "gone.png" in outcome.failed[0] or "b.png" in outcome.failed[0]
 
 
 # What goes wrong
@@ -345,7 +421,7 @@ def test_a_full_disk_is_reported_and_leaves_no_half_written_file(tmp_path, monke
     said = "not written (No space left on device); free some space or write elsewhere"
     assert outcome.failed == [f"{tmp_path / 'out' / 'a.geojson'}: {said}"]
     assert [row.name for row in outcome.rows] == ["b"]
-    assert names(tmp_path / "out") == ["a.csv", "b.csv", "b.geojson", "summary.csv"]       # a.csv is whole
+    assert names(tmp_path / "out") == [".a.begun", "a.csv", "b.csv", "b.geojson", "summary.csv"]   # a.csv is whole
     monkeypatch.undo()
     assert run(files, tmp_path / "out", formats=["geojson", "csv"]).skipped == 1             # and a is done again
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import nuguide
 from conftest import draw_tissue
 from fakes import ByColor, ByColorGuided
-from nuguide import checkpoint
+from nuguide import checkpoint, predict
 from nuguide.checkpoint import MODELS, ModelSpec
 from nuguide.fusion import Cross, Guided
 from nuguide.measure import COLUMNS
@@ -127,6 +127,14 @@ def test_a_view_of_an_image_is_as_good_as_a_copy(by_color, tissue: Sample):
 def test_what_is_no_8_bit_rgb_image_is_refused(untrained, image, said):
     with pytest.raises(UserError, match=f"{said}.*; give 8-bit RGB"):
         untrained.segment(image, 0.5)
+
+
+def test_what_becomes_too_large_for_memory_is_refused(by_color, monkeypatch):
+    monkeypatch.setattr(predict, "MOST_PX", 40_000)
+    image = np.full((100, 100, 3), 230, np.uint8)
+    by_color.segment(image, 1.0)                                # 200 x 200 at half a micron
+    with pytest.raises(UserError, match=r"at 1\.1 microns per pixel .* more than 0; check .*--mpp.*--treat-as slide"):
+        by_color.segment(image, 1.1)
 
 
 @pytest.mark.parametrize("mpp", [0.0, -1.0, 0.049, 5.1, float("nan"), float("inf")])

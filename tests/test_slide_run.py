@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -30,7 +31,7 @@ from nuguide.export import read_polygons
 from nuguide.images import declared_px
 from nuguide.measure import COLUMNS_WITH_FLIPS
 from nuguide.metrics import panoptic_quality
-from nuguide.slide_run import Manifest, SlideJob, SlideOptions
+from nuguide.slide_run import Manifest, OpenedSlide, SlideJob, SlideOptions
 from nuguide.slides.parts import PartStore
 from nuguide.slides.pyramid import PyramidSlide
 from nuguide.slides.reader import is_slide
@@ -543,6 +544,27 @@ def test_a_region_of_interest_is_a_rectangle_or_what_qupath_exports(tmp_path, dr
     assert in_hole.sum() > 3
 
 
+def test_the_area_of_a_small_region_on_a_large_slide_is_its_own():
+    whole = SimpleNamespace(slide_px=(80_000, 100_000), mpp=0.25)
+    roi = Roi.parse("70011,50003,83,61", whole.slide_px)
+    opened = OpenedSlide(None, None, whole, [roi], None, None)  # pyright: ignore[reportArgumentType]
+    assert opened.searched_mm2 == pytest.approx(83 * 61 * 0.0625 / 1e6, rel=0.02)
+    beyond = Roi.parse("99900,-50,200,100", whole.slide_px)             # a quarter of it is on the slide
+    opened = OpenedSlide(None, None, whole, [beyond], None, None)  # pyright: ignore[reportArgumentType]
+    assert opened.searched_mm2 == pytest.approx(100 * 50 * 0.0625 / 1e6, rel=0.02)
+
+
+def test_a_cut_run_that_was_to_overwrite_goes_on_with_the_same_command(slide, out, model, monkeypatch, capsys):
+    assert segment(slide, out, model, "--formats", "csv") == 0
+    parts = cut(slide, out, model, monkeypatch, "--overwrite")
+    assert names(out) == sorted(["slide.csv", "slide.parts", ".slide.begun", *ALWAYS])
+    assert len(pd.read_csv(out / "summary.csv")) == 0           # what lies there counts no longer
+    capsys.readouterr()
+    assert segment(slide, out, model, "--formats", "csv", "--overwrite") == 0
+    assert "2 of 6 regions were done before" in capsys.readouterr().out
+    assert not parts.exists()
+
+
 def test_a_region_of_interest_that_is_none_is_refused(tmp_path, slide, out, model, capsys):
     points = tmp_path / "points.geojson"
     points.write_text('{"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 2]}}')
@@ -562,6 +584,11 @@ def test_a_region_of_interest_that_is_none_is_refused(tmp_path, slide, out, mode
         assert line.startswith("failed: ")
         assert told in line
     assert names(out) == ["slides.json"]
+    drawn_by_hand = geojson(out / "slide.geojson", [[200, 150], [440, 150], [440, 410]])
+    before = drawn_by_hand.read_bytes()
+    assert segment(slide, out, model, "--formats", "geojson", "--roi", drawn_by_hand, "--overwrite") == 2
+    assert f"--roi {drawn_by_hand}: is where a result would be written" in said(capsys)
+    assert drawn_by_hand.read_bytes() == before
     image = tmp_path / "image.png"
     PIL.Image.fromarray(draw_tissue(0, (160, 200), 20)[0]).save(image)
     assert segment(image, out, model, "--roi", "0,0,9,9") == 2

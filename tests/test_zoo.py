@@ -91,6 +91,8 @@ def test_a_name_prints_the_card_without_the_marks_of_its_tables(capsys: pytest.C
 def test_an_unknown_name_gets_one_line_that_lists_the_names(capsys: pytest.CaptureFixture) -> None:
     assert run("models", "big") == 2
     assert capsys.readouterr().err == "nuguide: big: no such model; choose from small, small-unguided\n"
+    assert run("models", "elsewhere/small") == 2
+    assert capsys.readouterr().err.startswith("nuguide: elsewhere/small: no such model; choose from small")
     with pytest.raises(UserError) as refused:
         nuguide.load("big")
     assert str(refused.value).startswith("big: no such model; give small, small-unguided, or a folder with ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from . import confidence
 from .fusion import LEVELS, Guided, build_fusion, level_gates
 from .guides import FrozenGuide, load_guide
-from .instances import CHANNELS
+from .instances import CHANNELS, Separation
 from .networks import build_network
 from .normalize import StainNormalizer
 from .types import UserError
@@ -160,6 +161,10 @@ def read_spec(folder: Path) -> ModelSpec:
         confidence.checked(spec.confidence)             # refused here, not at the first image
         if spec.stain:
             StainNormalizer.from_dict(spec.stain)
+        numbers = {"mpp": spec.mpp, "tile_px": spec.tile_px, **vars(Separation(**spec.separation))}
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise ValueError(f"{name} is {value!r}, no positive number")
         return spec
     except (ValueError, TypeError, OSError) as error:
         raise UserError(f"{folder / CONFIG}: not a model description ({error}); train the model again") from error

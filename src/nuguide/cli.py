@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import io
 import logging
 import os
 import sys
@@ -86,7 +87,7 @@ def segment(
         flips: Average over the image and its three mirror images: a little more accurate, four times as slow.
             Tables and QuPath detections then tell how far the four agree on each nucleus, from 0 to 1.
         min_probability: Leave out nuclei that are less likely than this to be ones that an annotator would draw too.
-        overwrite: Do finished images again.
+        overwrite: Do finished images again, and replace files of the same names that are in the way.
     """
     from .fanout import ENDINGS, parse_formats, segment_files
     from .slide_run import SlideOptions
@@ -359,6 +360,8 @@ def evaluate(
     parts = open_all(data, annotator)
     if split is not None:
         parts = [validation_part(part, split) for part in parts]
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"{out}: there is no such folder; make it first")
     tables = {}
     for name in filter(None, (model, against)):
         predictor = load(name, device=device, precision=precision, flips=flips, min_probability=min_probability)
@@ -443,6 +446,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # decoders also complain of damaged files themselves; a file gets one line, ours
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="PIL")
+    for stream in (sys.stdout, sys.stderr):           # a name that the terminal cannot show must not end a batch
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         if arguments[:1] == ["data"]:
             table, prog, said, arguments = DATA_COMMANDS, "nuguide data", data.__doc__, arguments[1:]
@@ -453,7 +459,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"nuguide: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print("nuguide: stopped; the same command goes on where it was", file=sys.stderr)
+        same = "the same command without --overwrite" if "--overwrite" in arguments else "the same command"
+        print(f"nuguide: stopped; {same} goes on where it was", file=sys.stderr)
         code = 130
     except BrokenPipeError:                           # whoever read the output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # nor may the last flush complain

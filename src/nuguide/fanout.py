@@ -8,15 +8,18 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import cv2
 import numpy as np
 import pandas as pd
+from filelock import FileLock, Timeout
 
 from . import export
 from .images import Image, list_images, read_image
@@ -28,13 +31,15 @@ if TYPE_CHECKING:
 
 ENDINGS = {"labels": ".labels.tif", "geojson": ".geojson", "csv": ".csv", "overlay": ".overlay.png"}
 SUMMARY = "summary.csv"
+LOCK = ".nuguide.lock"
 
 
 @dataclass(frozen=True)
 class Row:
     """One image in the summary; its result files are called `name` and an ending.
 
-    Seconds: from reading to writing. Warnings: what `quality` found wrong, sentences joined by "; ".
+    Seconds: from reading to writing. Warnings: what `quality` found wrong, sentences joined by "; ". Bytes and
+    modified: of the source when it was read, to see that it is still the same; 0 and "" where that was not kept.
     """
 
     name: str
@@ -47,6 +52,8 @@ class Row:
     source: str
     model: str
     warnings: str
+    bytes: int = 0
+    modified: str = ""
 
 
 @dataclass
@@ -107,6 +114,9 @@ class Job(Protocol):
         """What an earlier run did otherwise, besides model and microns per pixel; None where nothing."""
         return None
 
+    def skip(self, file: Path, row: Row) -> None:
+        """Take note that an earlier run has done a file."""
+
     def tidy(self, stem: Path) -> None:
         """Let go of what only an unfinished run needs: the file's row is in the summary."""
 
@@ -144,7 +154,10 @@ class ImageJob(Job):
                 if image.mpp
                 else f"the file states no scale: {self.default_mpp} microns per pixel assumed (--mpp sets it)"
             )
-        nuclei = self.segment(image.image_rgb, used_mpp, watch.tiles)
+        try:
+            nuclei = self.segment(image.image_rgb, used_mpp, watch.tiles)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
         write_results(nuclei, image, stem, self.formats)
         quality = inspect(image.image_rgb, used_mpp, nuclei.table)
         count, mm2 = len(nuclei), image.image_rgb.shape[0] * image.image_rgb.shape[1] * used_mpp**2 / 1e6
@@ -174,22 +187,49 @@ def segment_files(
     """Segment files, each into `OUT/NAME` plus the endings of its job, and `OUT/summary.csv`.
 
     The summary is rewritten after every file, so a run that is cut goes on where it stopped: a file is skipped when
-    its row and all its results are there.
+    its row and all its results are there. Files that no run of ours made are not replaced, unless asked to; nor do two
+    runs write into one OUT at a time.
 
     Args:
         inputs: files or folders.
         job_for: what to do to a file; UserError where it cannot be told.
-        overwrite: do finished files again.
+        overwrite: do finished files again, and replace files that are in the way.
         at_once: how many files are under way at a time, each in a thread.
 
     Raises:
-        UserError: OUT cannot be made or its summary not be read. What is wrong with one input is in `Outcome.failed`.
+        UserError: OUT cannot be made, its summary not be read, or another run writes there. What is wrong with one
+            input is in `Outcome.failed`.
     """
-    watch = watch or Silence()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: no folder can be made here ({error.strerror}); choose another --out") from error
+    with alone_in(out):
+        return _segment_files(inputs, out, job_for, overwrite, watch or Silence(), at_once)
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """No other run writes into OUT meanwhile; the system lets go of the lock of a run that is killed."""
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{out}: another run is writing here; wait for it, or choose another --out") from error
+    except (OSError, NotImplementedError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise UserError(f"{out}: cannot be written ({said}); choose another --out") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (out / LOCK).unlink()
+        lock.release()
+
+
+def _segment_files(
+    inputs: Sequence[Path], out: Path, job_for: Callable[[Path], Job], overwrite: bool, watch: Watch, at_once: int
+) -> Outcome:
     outcome = Outcome()
     found: dict[Path, Path] = {}                        # the absolute path of each file, and as it was given
     for given in inputs:
@@ -215,18 +255,36 @@ def segment_files(
             job = job_for(file)
             if not overwrite and finished(row, out, job):
                 assert row is not None
+                job.skip(file, row)
                 with turn:
                     outcome.skipped += 1
             else:
-                row, line = do(job, file, out / name, watch)
+                if row is None and not overwrite:
+                    refuse_others(out / name, job)
+                with turn:                              # cut from here on, it is not finished
+                    begun(out / name).touch()
+                    if before.pop(source, None) is not None:
+                        write_summary(out / SUMMARY, before.values())
+                state = state_of(file)
+                try:
+                    row, line = do(job, file, out / name, watch)
+                except BaseException:
+                    if not there(out / name, job):
+                        begun(out / name).unlink(missing_ok=True)
+                    raise
+                row = dataclasses.replace(row, bytes=state[0], modified=state[1])
                 with turn:
                     before[source] = row
                     write_summary(out / SUMMARY, before.values())
+                    begun(out / name).unlink(missing_ok=True)
             job.tidy(out / name)
             outcome.rows.append(row)
         except UserError as error:
             outcome.failed.append(str(error))
             line = f"failed: {error}"
+        except OSError as error:
+            outcome.failed.append(f"{out / name}: cannot be written ({error.strerror}); choose another --out")
+            line = f"failed: {outcome.failed[-1]}"
         watch.end(line)
 
     if at_once == 1:
@@ -252,10 +310,37 @@ def do(job: Job, file: Path, stem: Path, watch: Watch) -> tuple[Row, str]:
         raise UserError(f"{source!a}: this name is no valid text; rename the file") from error
     try:
         return job.do(file, stem, watch)
-    except MemoryError as error:
+    except (MemoryError, cv2.error) as error:
+        if isinstance(error, cv2.error) and error.code != cv2.Error.StsNoMem:
+            raise
         raise UserError(
             f"{file}: does not fit into memory; cut it into smaller images, or lower --batch"
         ) from error
+
+
+def begun(stem: Path) -> Path:
+    """A file that is there from the first result of an image or slide on until its row is in the summary."""
+    return stem.with_name(f".{stem.name}.begun")
+
+
+def refuse_others(stem: Path, job: Job) -> None:
+    """UserError where a result file would replace one that no run of ours is known to have made."""
+    if not begun(stem).exists() and (others := there(stem, job)):
+        raise UserError(f"{others[0]}: is there already and in no {SUMMARY}; choose another --out, or --overwrite it")
+
+
+def there(stem: Path, job: Job) -> list[Path]:
+    """The result files of an image or slide that exist."""
+    return [path for ending in job.endings if (path := with_ending(stem, ending)).exists()]
+
+
+def state_of(file: Path) -> tuple[int, str]:
+    """Size in bytes and time of the last change, to the second, of a file; (0, "") where they cannot be known."""
+    try:
+        facts = file.stat()
+    except OSError:
+        return 0, ""
+    return facts.st_size, datetime.fromtimestamp(int(facts.st_mtime), UTC).isoformat()
 
 
 def write_results(nuclei: Nuclei, image: Image, stem: Path, formats: Sequence[str]) -> None:
@@ -295,6 +380,10 @@ def finished(row: Row | None, out: Path, job: Job) -> bool:
         raise UserError(
             f"{row.source}: {out / row.name}.* were made by {row.model} at {row.mpp} microns per pixel; "
             "choose another --out, or --overwrite them"
+        )
+    if row.modified and (row.bytes, row.modified) != state_of(Path(row.source)):
+        raise UserError(
+            f"{row.source}: was changed after {out / row.name}.* were made; choose another --out, or --overwrite them"
         )
     if differs := job.differs(out / row.name):
         raise UserError(
@@ -336,7 +425,8 @@ def read_summary(path: Path) -> dict[str, Row]:
     types = {field.name: str(field.type) for field in dataclasses.fields(Row)}
     try:
         table = pd.read_csv(path, dtype=types, keep_default_na=False)  # pyright: ignore[reportCallIssue, reportArgumentType]
-        table = table if "warnings" in table else table.assign(warnings="")     # an older summary has none
+        for name, nothing in (("warnings", ""), ("bytes", 0), ("modified", "")):        # an older summary has none
+            table = table if name in table else table.assign(**{name: nothing})
         return {row["source"]: Row(**row) for row in table[list(types)].to_dict("records")}  # pyright: ignore[reportArgumentType]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: is no summary of ours; move it away or choose another --out") from error

@@ -204,7 +204,7 @@ def _images_in(folder: Path) -> list[Path]:
         if file.suffix.lower() in (*SUFFIXES, *SLIDE_SUFFIXES)
         and not file.name.startswith(".")
         and not file.name.lower().endswith(OUTPUT_SUFFIXES)
-        and file.is_file()
+        and (file.is_file() or (file.is_symlink() and not file.exists()))       # one that leads nowhere is told of
     )
 
 

@@ -30,6 +30,7 @@ from .types import Tile, UserError
 
 log = logging.getLogger(__name__)
 
+MOST_PX = 100_000_000       # of an image at the network's resolution: 56 bytes each, 5.6 GB
 DEFAULT_MPP = 0.25          # of an image that does not say: what scanners call 40x
 TILE_PX, OVERLAP_PX, MARGIN_PX = 768, 96, 16     # at the network's resolution
 CONTEXT_PX = 192                                  # that the guide sees around a tile
@@ -109,7 +110,8 @@ class Predictor:
             Nuclei at the size of the image. With `flips` their table has the column `agreement`, too.
 
         Raises:
-            UserError: the image is no 8-bit RGB image, or mpp is not between 0.05 and 5.
+            UserError: the image is no 8-bit RGB image, mpp is not between 0.05 and 5, or the network would see more
+                than `MOST_PX`.
             MemoryError: it does not fit into memory.
         """
         image_rgb = np.asarray(image_rgb)
@@ -122,6 +124,13 @@ class Predictor:
             mpp = DEFAULT_MPP
         if not 0.05 <= mpp <= 5:
             raise UserError(f"microns per pixel must lie between 0.05 and 5, not {mpp}; a 40x scan has about 0.25")
+        size = resampled_size(image_rgb.shape[:2], mpp, self.spec.mpp)  # pyright: ignore[reportArgumentType]
+        if size[0] * size[1] > MOST_PX:
+            raise UserError(
+                f"at {mpp:.4g} microns per pixel the image becomes {size[0] * size[1] / 1e6:.0f} megapixels for the "
+                f"network, more than {MOST_PX / 1e6:.0f}; check the microns per pixel (--mpp), cut the image, or give "
+                "--treat-as slide, which goes region by region"
+            )
         views: list[np.ndarray] = []
         maps = self.probabilities(
             self.prepared(image_rgb, mpp), progress, lambda of_view: views.append(self.label(*of_view))

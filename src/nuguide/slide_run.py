@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -124,11 +125,13 @@ class OpenedSlide:
         """Area that is searched for nuclei: of the tissue, or of the slide."""
         if self.tissue is not None and len(self.areas) == 1:
             return self.tissue.area_mm2
-        # where areas meet: counted on a raster of 2,000 points a side at most
-        height, width = self.layout.slide_px
-        steps = min(2000, height), min(2000, width)
-        y = (np.arange(steps[0]) + 0.5) * height / steps[0]
-        x = (np.arange(steps[1]) + 0.5) * width / steps[1]
+        # where areas meet: counted on a raster of 2,000 points a side at most, over what holds the ROI
+        whole = 0.0, 0.0, *self.layout.slide_px
+        top, left, bottom, right = next((area.box for area in self.areas if isinstance(area, Roi)), whole)
+        height, width = bottom - top, right - left
+        steps = min(2000, max(math.ceil(height), 1)), min(2000, max(math.ceil(width), 1))
+        y = top + (np.arange(steps[0]) + 0.5) * height / steps[0]
+        x = left + (np.arange(steps[1]) + 0.5) * width / steps[1]
         inside = 0
         for row in y:
             held = np.ones(len(x), bool)
@@ -263,6 +266,9 @@ class SlideJob(Job):
 
     def do(self, file: Path, stem: Path, watch: Watch) -> tuple[Row, str]:
         """Segment one slide and write its files."""
+        roi = None if self.options.roi is None else Path(self.options.roi).resolve()
+        if roi in {with_ending(stem, ending).resolve() for ending in self.endings}:
+            raise UserError(f"--roi {self.options.roi}: is where a result would be written; choose another --out")
         tell = self.manifest or Manifest(None)
         try:
             for name in self.formats:
@@ -287,6 +293,11 @@ class SlideJob(Job):
             return None
         roi, mask = before.get("roi"), before.get("tissue_mask")
         return f"with {f'--roi {roi}' if roi else 'no --roi'} and {'the tissue mask' if mask else '--no-tissue-mask'}"
+
+    def skip(self, file: Path, row: Row) -> None:
+        """Note the slide as done."""
+        if self.manifest is not None and self.manifest.state(file) != "done":
+            self.manifest.note(file, "done", nuclei=row.nuclei)
 
     def tidy(self, stem: Path) -> None:
         """Delete the parts."""
@@ -405,16 +416,22 @@ def begin(task: SlideTask, opened: OpenedSlide, model: str, overwrite: bool) -> 
     }
     facts = json.loads(json.dumps(facts))
     try:
-        if overwrite:
-            clear(task.parts)
         before = json.loads(plan.read_text()) if plan.is_file() else None
         if not isinstance(before, dict | None):
             raise ValueError("it is no plan")
     except ValueError as error:
-        raise UserError(f"{plan}: is damaged; delete {task.parts} and start again") from error
+        if not overwrite:
+            raise UserError(f"{plan}: is damaged; delete {task.parts} and start again") from error
+        before = {}
     except OSError as error:
-        raise UserError(f"{error.filename or plan}: cannot be read or replaced ({error.strerror})") from error
+        raise UserError(f"{plan}: cannot be read ({error.strerror})") from error
     differ = [name for name in facts if before is not None and facts[name] != before.get(name)]
+    if overwrite and differ:                            # else they are parts of this very run, which was cut
+        try:
+            clear(task.parts)
+        except OSError as error:
+            raise UserError(f"{error.filename or plan}: cannot be replaced ({error.strerror})") from error
+        before = None
     # what was read without leaving anything out is as good where something may be left out
     if before is None or (differ == ["skip_bad"] and task.options.skip_bad):
         try:

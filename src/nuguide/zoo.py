@@ -68,7 +68,7 @@ def names() -> list[str]:
 def find(name: str) -> Shipped:
     """A model by its name or alias; raises UserError where none is called so."""
     folder = MODELS / ALIASES.get(name, name)
-    if folder.name not in names():
+    if ALIASES.get(name, name) not in names():
         raise UserError(f"{name}: no such model; choose from {', '.join(names())}")
     config = json.loads((folder / CONFIG).read_text())
     weights = folder / WEIGHTS

@@ -114,7 +114,7 @@ FACTS: dict[str, Facts] = {
         size=(256, 256),
         citation="Graham et al., Medical Image Analysis 2024, doi:10.1016/j.media.2023.103047",
         steps="log in to grand-challenge, join the challenge, download the training data, and put images.npy, "
-        "labels.npy and patch_info.csv into ROOT",
+        "labels.npy, counts.csv and patch_info.csv into ROOT",
     ),
     "dsb2018": Facts(
         title="the Data Science Bowl 2018 (BBBC038), training images of stage 1",

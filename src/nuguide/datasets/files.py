@@ -197,7 +197,9 @@ def read_table(path: Path) -> list[Row]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             return list(csv.DictReader(file, restkey="more columns than the header", restval=""))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); get it, or change its permissions") from error
+    except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {error}; save it as comma-separated UTF-8 text") from error
 
 

@@ -68,6 +68,14 @@ class Roi:
             cv2.polylines(mask, rings, True, 1, shift=4)
         return mask > 0, factor
 
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """Top, left, bottom and right of what holds all polygons, cut at the borders of the slide."""
+        corners = np.concatenate([ring for polygon in self.polygons for ring in polygon])
+        (left, top), (right, bottom) = corners.min(0), corners.max(0)
+        height, width = self.slide_px
+        return max(top, 0.0), max(left, 0.0), min(bottom, height), min(right, width)
+
     @cached_property
     def _edges(self) -> list[tuple[np.ndarray, np.ndarray, float, float]]:
         """Of each polygon: where its edges start and stop, (m, 2) of x, y, and its lowest and highest y."""

@@ -64,8 +64,8 @@ def segment(
     is reported and the rest goes on (exit code 1).
 
     Args:
-        inputs: Image files (PNG, JPEG, TIFF, BMP; 8-bit RGB), slides (SVS, NDPI, MRXS, SCN, BIF, VMS, DICOM, OME-TIFF,
-            pyramidal TIFF), or folders of them.
+        inputs: Image files (PNG, JPEG, TIFF, BMP; 8-bit RGB), slides (SVS, NDPI, MRXS, SCN, BIF, VMS, OME-TIFF,
+            pyramidal TIFF, DICOM by one of its .dcm files), or folders of them.
         out: Folder for the results.
         model: Name of a model that comes with the package, or the folder of one that nuguide train wrote.
         mpp: Microns per pixel of the inputs: 0.25 for a 40x scan, 0.5 for 20x. Where not given, what the file says;

@@ -57,9 +57,9 @@ def test_weights_count_pixels_several_times() -> None:
     logits, target = torch.randn(2, 2, 4, 4, generator=rng), torch.randint(-1, 2, (2, 2, 4, 4), generator=rng).float()
     weight = torch.ones_like(target)
     weight[..., 2:] = 3.0
-    repeated = [torch.cat([part, part[..., 2:], part[..., 2:]], 3) for part in (logits, target)]
+    longer, wanted = (torch.cat([part, part[..., 2:], part[..., 2:]], 3) for part in (logits, target))
     for loss in (dice_loss, focal_loss, dice_focal):
-        assert float(loss(logits, target, weight)) == pytest.approx(float(loss(*repeated)), rel=1e-5)
+        assert float(loss(logits, target, weight)) == pytest.approx(float(loss(longer, wanted)), rel=1e-5)
         assert float(loss(logits, target, torch.ones_like(target))) == pytest.approx(float(loss(logits, target)))
 
 

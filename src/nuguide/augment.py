@@ -60,10 +60,10 @@ def augment(
     """A random patch, `size` pixels square, of an image (H, W, 3) uint8 and its labels (H, W) int32.
 
     The patch is centered anywhere inside; beyond the border the image is mirrored, labels with it. The image comes
-    with `around` more pixels on every side, the labels with `margin`, in which a nucleus that the
-    image's border cuts goes on; where a color to `fill` with is given, they show it
-    instead of the mirrored image. What is `around` changes nothing of the patch itself, but that blur and compression
-    reach into it: with a guide and without, a network learns from the same patches.
+    with `around` more pixels on every side; where a color to `fill` with is given, they show it instead of the mirrored
+    image. They change nothing of the patch itself, but that blur and compression reach into it: with a guide and
+    without, a network learns from the same patches. The labels come with `margin` more pixels, in which a nucleus that
+    the image's border cuts goes on.
     """
     wide = max(around, margin)
     everywhere = geometry(image_rgb.shape[:2], size, rng, how, wide)

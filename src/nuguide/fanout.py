@@ -265,14 +265,7 @@ def _segment_files(
                     begun(out / name).touch()
                     if before.pop(source, None) is not None:
                         write_summary(out / SUMMARY, before.values())
-                state = state_of(file)
-                try:
-                    row, line = do(job, file, out / name, watch)
-                except BaseException:
-                    if not there(out / name, job):
-                        begun(out / name).unlink(missing_ok=True)
-                    raise
-                row = dataclasses.replace(row, bytes=state[0], modified=state[1])
+                row, line = do_begun(job, file, out / name, watch)
                 with turn:
                     before[source] = row
                     write_summary(out / SUMMARY, before.values())
@@ -299,6 +292,18 @@ def _segment_files(
         raise
     pool.shutdown()
     return outcome
+
+
+def do_begun(job: Job, file: Path, stem: Path, watch: Watch) -> tuple[Row, str]:
+    """`do`, its row with the state of the file; one that fails before its first result is not begun."""
+    size, modified = state_of(file)
+    try:
+        row, line = do(job, file, stem, watch)
+    except BaseException:
+        if not there(stem, job):
+            begun(stem).unlink(missing_ok=True)
+        raise
+    return dataclasses.replace(row, bytes=size, modified=modified), line
 
 
 def do(job: Job, file: Path, stem: Path, watch: Watch) -> tuple[Row, str]:

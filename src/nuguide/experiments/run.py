@@ -77,9 +77,9 @@ class Plan:
             raise UserError(f"--budget must be positive, not {self.budget}")
         if self.epochs is not None and self.epochs < 1:
             raise UserError(f"--epochs must be 1 or more, not {self.epochs}")
-        folds = 1 if self.split == "own" else self.folds
-        if folds < (1 if self.split == "own" else 2):
+        if self.folds < 2:
             raise UserError(f"--folds must be 2 or more, not {self.folds}")
+        folds = 1 if self.split == "own" else self.folds
         if beyond := [number for number in self.only_folds if not 0 <= number < folds]:
             raise UserError(f"--only-folds {beyond[0]}: there are the folds 0 to {folds - 1}")
 

@@ -42,8 +42,9 @@ def results(out: Path, experiment: Experiment) -> pd.DataFrame:
     tables = []
     for arm in experiment.arms:
         for file in sorted(out.glob(f"*/fold*/{arm.name}.json")):
-            facts = {name: facts_of(file)[name] for name in ("arm", "fold", "seed")}
-            tables.append(read_scores(file).assign(set=file.parts[-3], **facts))
+            facts = facts_of(file)
+            same = {name: facts[name] for name in ("arm", "fold", "seed")}
+            tables.append(read_scores(file).assign(set=file.parts[-3], **same))
     nothing = pd.DataFrame(columns=pd.Index(["set", "arm", "fold", *METRICS]))
     return pd.concat(tables, ignore_index=True) if tables else nothing
 

@@ -87,6 +87,21 @@ def test_a_folder_of_ones_own_is_checked(tmp_path: Path):
     assert re.search(r"labels/b\.png has one number for 3 separate areas: move binary masks to masks/", problem)
 
 
+def test_one_number_over_separate_areas_is_noted(tmp_path: Path):
+    image, labels = draw(0)
+    labels[:] = 0
+    labels[2:8, 2:8] = labels[2:8, 30:36] = 7                    # two nuclei
+    labels[20:26, 2:8], labels[20:22, 20:22] = 9, 9              # a nucleus and a speck
+    labels[30:33, 30:36], labels[33:36, 36:44] = 4, 4            # they meet at a corner
+    save(tmp_path / "images" / "a.png", image)
+    save(tmp_path / "labels" / "a.png", labels.astype(np.uint16))
+    report = check("folder", tmp_path)
+    assert (report.nuclei, report.problems) == (3, [])
+    (note,) = report.notes
+    assert note.startswith("1 label number of 1 image covers separate areas, each taken for one nucleus; most in the")
+    assert note.endswith("a.png: 7")
+
+
 def test_each_annotation_of_cryonuseg_is_counted_by_name(tmp_path: Path):
     trees.cryonuseg(tmp_path)
     report = check("cryonuseg", tmp_path, partial=True)

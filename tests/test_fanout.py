@@ -19,7 +19,10 @@ from nuguide.nuclei import Nuclei
 from nuguide.types import UserError
 
 ALL = list(ENDINGS)
-COLUMNS = "name,nuclei,nuclei_per_mm2,mean_area_um2,mean_probability,seconds,mpp,source,model,warnings,bytes,modified"
+COLUMNS = (
+    "name,nuclei,nuclei_per_mm2,mean_area_um2,mean_probability,seconds,mpp,source,model,warnings,bytes,modified,files"
+)
+OTHERS = "is there already and not in summary.csv; choose another --out, or --overwrite it"
 
 
 class Segment:
@@ -259,6 +262,30 @@ def test_a_format_asked_for_later_is_made(tmp_path):
     assert run([file], tmp_path / "out", formats=["csv"]).skipped == 1
 
 
+def test_formats_of_one_row_come_from_one_model(tmp_path):
+    file = squares(tmp_path / "a.png")
+    run([file], tmp_path / "out", formats=["csv"])
+    outcome = run([file], tmp_path / "out", segment := Segment(), formats=["geojson"], model="other")
+    assert "made by squares" in outcome.failed[0]
+    assert segment.calls == 0
+    assert names(tmp_path / "out") == ["a.csv", "summary.csv"]
+
+    run([file], tmp_path / "out", formats=["geojson"], model="other", overwrite=True)
+    outcome = run([file], tmp_path / "out", formats=["csv", "geojson"], model="other")
+    assert "a.csv: is there already and not in summary.csv" in outcome.failed[0]          # it is of the model before
+
+
+def test_a_format_asked_for_later_replaces_no_file_of_others(tmp_path):
+    file = squares(tmp_path / "in" / "a.png")
+    run([file], tmp_path / "out", formats=["csv"])
+    own = tmp_path / "out" / "a.geojson"
+    own.write_text("drawn by hand")
+    outcome = run([file], tmp_path / "out", formats=["csv", "geojson"])
+    assert outcome.failed == [f"{own}: {OTHERS}"]
+    assert own.read_text() == "drawn by hand"
+    assert run([file], tmp_path / "out", formats=["csv"]).skipped == 1
+
+
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt()])
 def test_a_run_that_was_cut_goes_on(tmp_path, error):
     inputs = [squares(tmp_path / f"{name}.png") for name in "abcd"]
@@ -293,7 +320,7 @@ def test_files_that_are_not_ours_are_not_replaced_unless_asked_to(tmp_path):
     own.parent.mkdir()
     own.write_text("drawn by hand")
     outcome = run([file], tmp_path / "out", segment := Segment(), formats=["geojson", "csv"])
-    assert outcome.failed == [f"{own}: is there already and in no summary.csv; choose another --out, or --overwrite it"]
+    assert outcome.failed == [f"{own}: {OTHERS}"]
     assert (own.read_text(), segment.calls, names(tmp_path / "out")) == ("drawn by hand", 0, ["a.csv"])
     assert not run([file], tmp_path / "out", formats=["geojson", "csv"], overwrite=True).failed
     assert own.read_text() != "drawn by hand"
@@ -335,7 +362,7 @@ def test_an_image_that_was_changed_since_is_not_taken_for_finished(tmp_path):
     (line,) = run([file], tmp_path / "out").failed
     assert line.startswith(f"{file}: was changed after {tmp_path / 'out' / 'a'}.* were made; choose another --out")
     assert run([file], tmp_path / "out", overwrite=True).rows[0].nuclei == 4
-    rows = pd.read_csv(tmp_path / "out" / "summary.csv").drop(columns=["bytes", "modified"])
+    rows = pd.read_csv(tmp_path / "out" / "summary.csv").drop(columns=["bytes", "modified", "files"])
     rows.to_csv(tmp_path / "out" / "summary.csv", index=False)              # as an older version wrote it
     assert run([file], tmp_path / "out").skipped == 1
 
@@ -479,9 +506,10 @@ def test_unknown_formats_are_refused_with_the_choices(text):
         parse_formats(text, ENDINGS)
 
 
-def test_a_summary_from_before_there_were_warnings_goes_on(tmp_path):
+@pytest.mark.parametrize("column", ["warnings", "files"])
+def test_a_summary_from_before_a_column_was_there_goes_on(tmp_path, column):
     file = squares(tmp_path / "a.png")
     run([file], tmp_path / "out", mpp=0.5)
     summary = tmp_path / "out" / "summary.csv"
-    pd.read_csv(summary).drop(columns="warnings").to_csv(summary, index=False)
+    pd.read_csv(summary).drop(columns=column).to_csv(summary, index=False)
     assert run([file], tmp_path / "out", mpp=0.5).skipped == 1

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -39,7 +39,8 @@ class Row:
     """One image in the summary; its result files are called `name` and an ending.
 
     Seconds: from reading to writing. Warnings: what `quality` found wrong, sentences joined by "; ". Bytes and
-    modified: of the source when it was read, to see that it is still the same; 0 and "" where that was not kept.
+    modified: of the source when it was read, to see that it is still the same. Files: the endings that were written,
+    separated by spaces. 0 and "" where that was not kept.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Row:
     warnings: str
     bytes: int = 0
     modified: str = ""
+    files: str = ""
 
 
 @dataclass
@@ -259,13 +261,15 @@ def _segment_files(
                 with turn:
                     outcome.skipped += 1
             else:
-                if row is None and not overwrite:
-                    refuse_others(out / name, job)
+                kept = [] if row is None or overwrite else made(row, job)
+                if not overwrite:
+                    refuse_others(out / name, job, kept)
                 with turn:                              # cut from here on, it is not finished
                     begun(out / name).touch()
                     if before.pop(source, None) is not None:
                         write_summary(out / SUMMARY, before.values())
                 row, line = do_begun(job, file, out / name, watch)
+                row = dataclasses.replace(row, files=" ".join(dict.fromkeys([*kept, *job.endings])))
                 with turn:
                     before[source] = row
                     write_summary(out / SUMMARY, before.values())
@@ -328,10 +332,22 @@ def begun(stem: Path) -> Path:
     return stem.with_name(f".{stem.name}.begun")
 
 
-def refuse_others(stem: Path, job: Job) -> None:
-    """UserError where a result file would replace one that no run of ours is known to have made."""
-    if not begun(stem).exists() and (others := there(stem, job)):
-        raise UserError(f"{others[0]}: is there already and in no {SUMMARY}; choose another --out, or --overwrite it")
+def made(row: Row, job: Job) -> list[str]:
+    """The endings of the results that a row stands for; those of the job where an older summary does not tell."""
+    return row.files.split() or list(job.endings)
+
+
+def refuse_others(stem: Path, job: Job, ours: Collection[str]) -> None:
+    """UserError where a result file would replace one that no run of ours is known to have made.
+
+    Args:
+        ours: endings that an earlier run of ours made.
+    """
+    if begun(stem).exists():
+        return
+    mine = {with_ending(stem, ending) for ending in ours}
+    if others := [path for path in there(stem, job) if path not in mine]:
+        raise UserError(f"{others[0]}: is there already and not in {SUMMARY}; choose another --out, or --overwrite it")
 
 
 def there(stem: Path, job: Job) -> list[Path]:
@@ -374,12 +390,16 @@ def with_ending(stem: Path, ending: str) -> Path:
 
 
 def finished(row: Row | None, out: Path, job: Job) -> bool:
-    """Whether a file was done by an earlier run.
+    """Whether a file was done by an earlier run, with all that the job would write.
 
     Raises:
-        UserError: it was, but in another way, such as by another model, so that neither keeping nor replacing is safe.
+        UserError: it was, if only in part, but in another way, such as by another model, so that neither keeping nor
+            replacing is safe.
     """
-    if row is None or not all(with_ending(out / row.name, ending).exists() for ending in job.endings):
+    if row is None:
+        return False
+    kept = {ending for ending in made(row, job) if with_ending(out / row.name, ending).exists()}
+    if not kept:
         return False
     if row.model != job.model or (job.mpp is not None and abs(row.mpp - job.mpp) > 1e-4):
         raise UserError(
@@ -394,7 +414,7 @@ def finished(row: Row | None, out: Path, job: Job) -> bool:
         raise UserError(
             f"{row.source}: {out / row.name}.* were made {differs}; choose another --out, or --overwrite them"
         )
-    return True
+    return kept.issuperset(job.endings)
 
 
 def name_results(files: Sequence[Path], taken: dict[str, str]) -> list[str]:
@@ -430,7 +450,8 @@ def read_summary(path: Path) -> dict[str, Row]:
     types = {field.name: str(field.type) for field in dataclasses.fields(Row)}
     try:
         table = pd.read_csv(path, dtype=types, keep_default_na=False)  # pyright: ignore[reportCallIssue, reportArgumentType]
-        for name, nothing in (("warnings", ""), ("bytes", 0), ("modified", "")):        # an older summary has none
+        later = {"warnings": "", "bytes": 0, "modified": "", "files": ""}          # an older summary has none
+        for name, nothing in later.items():
             table = table if name in table else table.assign(**{name: nothing})
         return {row["source"]: Row(**row) for row in table[list(types)].to_dict("records")}  # pyright: ignore[reportArgumentType]
     except (OSError, ValueError, KeyError) as error:

@@ -283,7 +283,9 @@ class SlideJob(Job):
         return row, line
 
     def differs(self, stem: Path) -> str | None:
-        """Whether something else of the slide was searched."""
+        """Whether something else of the slide was searched; what was is not known without its summary."""
+        if not with_ending(stem, SUMMARY).exists():
+            return None
         try:
             before = json.loads(with_ending(stem, SUMMARY).read_text())["searched"]
             before = dict(before)

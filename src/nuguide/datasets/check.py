@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import skimage.measure
 
 from nuguide.datasets import DATASETS, Dataset
 from nuguide.datasets.conic import counts_problems
@@ -22,6 +23,7 @@ from nuguide.datasets.splits import content_hash
 from nuguide.types import Sample, UserError
 
 FEW_AREAS = 2  # one nucleus may be drawn with a speck beside it, but not as more areas
+SPECK_PX = 20  # separate areas of a label below this are taken for slips of the pen
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def check(
 
     Found are: images and labels without partner, files that cannot be read, sizes that differ between image and labels
     or from the published one, labels that are no label numbers, a mask in place of a label map, nuclei that leave no
-    background, images whose pixels are the same, and numbers of images that are not the published ones.
+    background, images whose pixels are the same, and numbers of images that are not the published ones. Label numbers
+    that cover separate areas, as two nuclei with one number do, are noted and no fault: all readers keep them whole.
 
     Args:
         name: of the data set, as in `DATASETS`.
@@ -138,6 +141,7 @@ def _read_all(
     groups: set[str] = set()
     first_with: dict[str, str] = {}
     nuclei = 0
+    scattered: dict[str, list[int]] = {}
     for index, entry in enumerate(dataset.entries):
         sample = _sample(dataset, index, problems)
         if sample is not None:
@@ -151,11 +155,36 @@ def _read_all(
             if twin != where:
                 problems.append(f"{where} shows the same image as {twin}")
             nuclei += _count_nuclei(sample.labels, where, problems)
+            if numbers := in_separate_areas(sample.labels):
+                scattered[where] = numbers
         if watch is not None:
             watch(index + 1, len(dataset))
     if sizes and not nuclei:
         problems.append(f"none of the {sizes.total()} images has a nucleus: the labels are empty")
-    return Report(report.name, sizes.total(), len(groups), nuclei, dict(sizes), problems, report.notes)
+    notes = [*report.notes, *_scattered_note(scattered)]
+    return Report(report.name, sizes.total(), len(groups), nuclei, dict(sizes), problems, notes)
+
+
+def in_separate_areas(labels: np.ndarray) -> list[int]:
+    """The numbers of a label map (H, W) that two or more areas apart from each other have; specks do not count."""
+    areas = skimage.measure.label(labels, connectivity=2)
+    first, sizes = np.unique(areas, return_index=True, return_counts=True)[1:]
+    of_area = labels.ravel()[first]
+    numbers, times = np.unique(of_area[(of_area > 0) & (sizes >= SPECK_PX)], return_counts=True)
+    return [int(number) for number in numbers[times > 1]]
+
+
+def _scattered_note(scattered: dict[str, list[int]]) -> list[str]:
+    """A line on numbers that cover separate areas, by where they are; none where there are none."""
+    if not scattered:
+        return []
+    worst = max(scattered, key=lambda where: len(scattered[where]))
+    total = sum(map(len, scattered.values()))
+    shown = ", ".join(map(str, scattered[worst][:5])) + (", ..." if len(scattered[worst]) > 5 else "")
+    return [
+        f"{total} label number{'s' * (total != 1)} of {len(scattered)} image{'s' * (len(scattered) != 1)} "
+        f"cover{'s' * (total == 1)} separate areas, each taken for one nucleus; most in the labels of {worst}: {shown}"
+    ]
 
 
 def _sample(dataset: Dataset, index: int, problems: list[str]) -> Sample | None:

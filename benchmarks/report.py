@@ -466,6 +466,23 @@ def errors() -> str:
     return "\n".join(lines)
 
 
+def operations() -> str:
+    """What each arm of the papers' experiments takes, and each experiment in all, by counted operations."""
+    found = json.loads((RESULTS / "operations.json").read_text())["experiments"]
+    lines = ["| arm | of | network, GFLOP | guide, GFLOP | hours, all sets |", "|---|---|---|---|---|"]
+    arms = {arm["title"]: arm for table in found.values() for arm in table.values()}
+    for title, arm in arms.items():
+        within = [name for name, table in found.items() if any(other["title"] == title for other in table.values())]
+        tables = ", ".join(f"`{name}`" for name in within)
+        guide = f"{arm['guide_gflop']:,.0f}" if arm["guide_gflop"] else ""
+        hours = sum(arm["hours"].values())
+        lines.append(f"| {title} | {tables} | {arm['network_gflop']:.0f} | {guide} | {hours:.1f} |")
+    for name, table in found.items():
+        hours = sum(sum(arm["hours"].values()) for arm in table.values())
+        lines.append(f"| all | `{name}` | | | {hours:.0f} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "accuracy": accuracy, "guidance": guidance, "groups": groups, "screen": screen, "speed": speed, "seams": seams,
     "training": training, "flips": flips, "precision": precision, "models": models,
@@ -475,6 +492,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "robustness": robust, "robustness_limits": robust_limits,
     "experiments": experiments, "cross_validated": cross_validated, "further": further,
     "errors": errors, "gaps": gaps, "stain": stain,
+    "operations": operations,
 }
 
 

@@ -318,6 +318,18 @@ def test_people_and_the_classical_method_stand_beside_the_arms_on_the_images_tha
     assert "annotator" not in markdown(results(tmp_path / "runs", chosen), chosen)
 
 
+def test_a_set_where_an_arm_was_run_for_another_table_is_left_out(tmp_path: Path) -> None:
+    made(tmp_path, "eunet3plus", 0, {"a": 0.5})
+    (tmp_path / "cryonuseg").rename(tmp_path / "nuinsseg")
+    assert results(tmp_path, experiment("table2"))["set"].tolist() == ["nuinsseg"]      # nothing else was run
+    made(tmp_path, "eunet3plus", 0, {"a": 0.5})
+    made(tmp_path, "relu", 0, {"a": 0.6})
+    assert set(results(tmp_path, experiment("table2"))["set"]) == {"cryonuseg"}
+    assert set(results(tmp_path, experiment("table1"))["set"]) == {"cryonuseg", "nuinsseg"}
+    made(tmp_path, "relu", 1, {"b": 0.6})
+    assert len(results(tmp_path, experiment("table2"))) == 3                            # each fold of an arm that has it
+
+
 def test_no_results_make_empty_tables(tmp_path: Path) -> None:
     rows = results(tmp_path, experiment("table1"))
     assert rows.empty

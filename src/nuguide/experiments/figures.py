@@ -90,6 +90,7 @@ def forest(rows: pd.DataFrame, experiment: Experiment, metrics: tuple[str, ...] 
             axes.errorbar(part["difference"], places, xerr=spread, fmt="o", capsize=3, label=set_name)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set(title=METRICS[metric], xlabel=f"minus {experiment.arm(experiment.reference).title}")
+        axes.locator_params(axis="x", nbins=4)
         axes.grid(axis="x", alpha=0.3)
     panels[0].set_yticks(range(len(arms)), titled(experiment, arms), fontsize=7)
     panels[0].invert_yaxis()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,23 @@ def facts_of(result: Path) -> dict[str, Any]:
     raise UserError(f"{result}: is no result of a run ({missing}); remove it to run that arm anew")
 
 
+def result_files(out: Path, experiment: Experiment) -> dict[str, list[Path]]:
+    """The result files of each arm of an experiment, by set and fold.
+
+    Sets where one arm alone was run are left out if others have more: an arm that experiments share is then there for
+    another one's sake.
+    """
+    files = {arm.name: sorted(out.glob(f"*/fold*/{arm.name}.json")) for arm in experiment.arms}
+    arms = Counter(name for of_arm in files.values() for name in {file.parts[-3] for file in of_arm})
+    least = min(2, max(arms.values(), default=0))
+    return {arm: [file for file in of_arm if arms[file.parts[-3]] >= least] for arm, of_arm in files.items()}
+
+
 def results(out: Path, experiment: Experiment) -> pd.DataFrame:
-    """The image rows of all result files of an experiment: those of `Scores`, and set, arm, fold and seed."""
+    """The image rows of the result files of an experiment: those of `Scores`, and set, arm, fold and seed."""
     tables = []
-    for arm in experiment.arms:
-        for file in sorted(out.glob(f"*/fold*/{arm.name}.json")):
+    for of_arm in result_files(out, experiment).values():
+        for file in of_arm:
             facts = facts_of(file)
             same = {name: facts[name] for name in ("arm", "fold", "seed")}
             tables.append(read_scores(file).assign(set=file.parts[-3], **same))
@@ -52,10 +65,10 @@ def results(out: Path, experiment: Experiment) -> pd.DataFrame:
 def curves(out: Path, experiment: Experiment) -> pd.DataFrame:
     """How the runs of an experiment went: set, arm, fold, step, train_loss, val_dice, one row an epoch."""
     rows = []
-    for arm in experiment.arms:
-        for file in sorted(out.glob(f"*/fold*/{arm.name}.json")):
+    for arm, of_arm in result_files(out, experiment).items():
+        for file in of_arm:
             facts = facts_of(file)
-            where = {"set": file.parts[-3], "arm": arm.name, "fold": facts["fold"]}
+            where = {"set": file.parts[-3], "arm": arm, "fold": facts["fold"]}
             rows += [where | epoch for epoch in facts.get("curve", ())]
     return pd.DataFrame(rows, columns=pd.Index(["set", "arm", "fold", "step", "train_loss", "val_dice"]))
 

@@ -327,7 +327,7 @@ def test_a_set_where_an_arm_was_run_for_another_table_is_left_out(tmp_path: Path
     assert set(results(tmp_path, experiment("table2"))["set"]) == {"cryonuseg"}
     assert set(results(tmp_path, experiment("table1"))["set"]) == {"cryonuseg", "nuinsseg"}
     made(tmp_path, "relu", 1, {"b": 0.6})
-    assert len(results(tmp_path, experiment("table2"))) == 3                            # each fold of an arm that has it
+    assert len(results(tmp_path, experiment("table2"))) == 3  # each fold of an arm that has it
 
 
 def test_no_results_make_empty_tables(tmp_path: Path) -> None:

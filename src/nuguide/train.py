@@ -526,7 +526,9 @@ def started(
     known, _, before = checkpoint.load(start, guide)
     kind = ("network", "network_options", "fusion", "fusion_options", "levels", "guide", "guide_weights", "guide_scale")
     width = {"width": spec.network_options["width"]}            # may grow
-    there = dataclasses.replace(before, network_options=before.network_options | width)
+    free = width | {name: value for name, value in spec.network_options.items() if name == "dropout"}   # has no weights
+    kept = {name: value for name, value in before.network_options.items() if name != "dropout"}
+    there = dataclasses.replace(before, network_options=kept | free)
     if other := [name for name in kind if getattr(there, name) != getattr(spec, name)]:
         told = ", ".join(f"{name} is {getattr(before, name)!r} there, {getattr(spec, name)!r} here" for name in other)
         raise UserError(f"{start}: no start for this training: {told}; train with the same")

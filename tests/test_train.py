@@ -392,6 +392,25 @@ def test_training_goes_on_from_another_models_weights(run: SimpleNamespace, tmp_
     assert not (tmp_path / "wide").exists()
 
 
+def test_a_guide_is_added_to_a_model_without(tmp_path: Path) -> None:
+    plain = dataclasses.replace(LEARNS, fusion="none", epochs=1)
+    start = fit(drawn(0, 1), drawn(12), tmp_path / "plain", plain, progress=False)
+    still = dataclasses.replace(LEARNS, start=str(start), epochs=1, steps_per_epoch=1, lr=1e-9)
+    before = checkpoint.load(start)
+    image = torch.from_numpy(drawn(12)[0][0].image_rgb.copy()).permute(2, 0, 1)[None].float()
+    for width in (4, 8):
+        options = dataclasses.replace(still, width=width)
+        after = checkpoint.load(fit(drawn(4), drawn(12), tmp_path / f"guided{width}", options, progress=False))
+        assert (after[2].fusion, after[2].guide) == ("cross", "efficientnet_lite0")
+        with torch.no_grad():
+            logits = [Training(model, guide, options).eval()(image) for model, guide, _ in (before, after)]
+        # cross begins as no guide; batch norm has moved by a step, far for so short a training
+        assert (logits[0] - logits[1]).abs().mean() < 0.15 * logits[0].abs().mean()
+    again = dataclasses.replace(plain, start=str(tmp_path / "guided4" / "model"))
+    with pytest.raises(UserError, match="no start for this training: fusion is 'cross' there, None here"):
+        fit(drawn(5), drawn(13), tmp_path / "back", again, progress=False)
+
+
 def test_the_guide_sees_around_a_patch_what_it_will_see_around_a_tile() -> None:
     guide = load_guide("efficientnet_lite0")
     (samples,) = drawn(0, size=256)

@@ -16,8 +16,9 @@ class TrainOptions:
 
     Attributes:
         start: a model to begin with, by name or folder: training goes on from its weights, on other images or by
-            another recipe. Network, fusion and guide must be as in that model. The width may be a multiple of its
-            width: each channel begins as several (without a guide, or with the fusion cross).
+            another recipe. Network, fusion and guide must be as in that model, but that a guide may be added to one
+            without. The width may be a multiple of its width: each channel begins as several (without a guide, or with
+            the fusion cross).
         network: unet, unet3plus, eunet3plus, ddunet, awgunet, asppunet, sharpunet or hovernet.
         width: channels of the network's finest level.
         network_options: other arguments of the network, as NAME VALUE pairs, such as activation silu.

@@ -32,6 +32,7 @@ from .calibrate import calibrate
 from .callbacks import HardExamples, WeightAverage
 from .checkpoint import ModelSpec
 from .datasets import Dataset
+from .fusion import Guided
 from .guides import CELLS_PX, FrozenGuide, load_guide
 from .latents import LatentCache, RegionLatents
 from .losses import dice_focal, focal_loss
@@ -524,7 +525,9 @@ def started(
         UserError: that model is of another kind, or was trained on a group that is to be validated on.
     """
     known, _, before = checkpoint.load(start, guide)
-    kind = ("network", "network_options", "fusion", "fusion_options", "levels", "guide", "guide_weights", "guide_scale")
+    kind = ("network", "network_options")
+    if before.fusion is not None or spec.fusion is None:        # else a guide is added, and its fusion begins anew
+        kind += ("fusion", "fusion_options", "levels", "guide", "guide_weights", "guide_scale")
     width = {"width": spec.network_options["width"]}            # may grow
     free = width | {name: value for name, value in spec.network_options.items() if name == "dropout"}   # has no weights
     kept = {name: value for name, value in before.network_options.items() if name != "dropout"}
@@ -543,7 +546,12 @@ def started(
 
 
 def begin(model: nn.Module, known: nn.Module, narrow: int, wide: int, start: str) -> None:
-    """Give a model the weights of a known one, which may be narrower; heads of deep supervision begin anew."""
+    """Give a model the weights of a known one, which may be narrower or lack a guide.
+
+    What the known one has not, a fusion or heads of deep supervision, begins anew.
+    """
+    if isinstance(model, Guided) and not isinstance(known, Guided):
+        model = model.network
     if narrow == wide:
         model.load_state_dict(model.state_dict() | known.state_dict())
         return

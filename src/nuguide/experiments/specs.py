@@ -144,6 +144,7 @@ EXPERIMENTS = {
                     {"network": "eunet3plus", "levels": "all"}, guided=True,
                 ),
                 _fusion("cross_random", "guided, cross-attention, guide of random weights", guide_weights="random:0"),
+                _fusion("concat_random", "guided, concatenated, guide of random weights", guide_weights="random:0"),
             ),
             "eunet3plus",
             _printed({

@@ -239,7 +239,6 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
 
     A GLU after it is merged too (`GatedConv`).
 
-
     Raises:
         ValueError: the module is in training mode, where batch norm is no fixed map.
     """

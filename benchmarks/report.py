@@ -25,7 +25,7 @@ import robustness
 from nuguide import zoo
 from nuguide.evaluate import interval, paired, read_scores
 from nuguide.experiments.specs import experiment
-from nuguide.experiments.tables import markdown, results
+from nuguide.experiments.tables import markdown, only, results
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -402,6 +402,22 @@ def experiments(name: str) -> str:
     return markdown(results(RESULTS / "experiments", chosen), chosen, RESULTS)
 
 
+def noise() -> str:
+    """Arms whose guide knows something minus the same with a guide of random weights, image by image."""
+    chosen = experiment("table3")
+    rows = results(RESULTS / "experiments", chosen)
+    lines = ["| set | arm | images | Dice | AJI | PQ |", "|---" * 6 + "|"]
+    for set_name in sorted(rows["set"].unique()):
+        for arm in chosen.arms:
+            pair = [only(rows, set=set_name, arm=name) for name in (arm.name, f"{arm.name}_random")]
+            if min(map(len, pair)):
+                same = sorted(set(pair[0]["id"]) & set(pair[1]["id"]))
+                one, other = (part.set_index("id").loc[same].reset_index() for part in pair)
+                cells = " | ".join(paired_cells(one, other))
+                lines.append(f"| {set_name} | {arm.title} | {len(same)} | {cells} |")
+    return "\n".join(lines)
+
+
 def gaps() -> str:
     """The default model trained further with gaps between nuclei weighted 1, 5 and 10 times."""
     tables = {weight: read_scores(RESULTS / f"gap{weight}.val.json") for weight in (1, 5, 10)}
@@ -492,7 +508,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "robustness": robust, "robustness_limits": robust_limits,
     "experiments": experiments, "cross_validated": cross_validated, "further": further,
     "errors": errors, "gaps": gaps, "stain": stain,
-    "operations": operations,
+    "operations": operations, "noise": noise,
 }
 
 

@@ -115,8 +115,9 @@ def training_curves(table: pd.DataFrame, experiment: Experiment) -> Figure:
             for arm in experiment.arms:
                 of_arm = only(table, set=set_name, arm=arm.name)
                 if len(of_arm):
-                    mean = of_arm.groupby("step")[column].mean()
-                    axes.plot(mean.index, mean, marker=".", linewidth=1, label=arm.title)
+                    epoch = of_arm.groupby("fold").cumcount()           # folds may take a few steps more or fewer
+                    mean = of_arm.groupby(epoch)[["step", column]].mean()
+                    axes.plot(mean["step"], mean[column], marker=".", linewidth=1, label=arm.title)
             axes.set(title=f"{set_name}: {title}", xlabel="step")
             axes.grid(alpha=0.3)
     grid[0, 1].legend(fontsize=7)

@@ -378,7 +378,7 @@ def test_training_goes_on_from_another_models_weights(run: SimpleNamespace, tmp_
     assert [part["groups"] for part in facts["trained_on"]] == [["patient0", "patient1", "patient2", "patient3"]]
     more = dataclasses.replace(options, width=8, network_options=options.network_options | {"dropout": 0.1})
     wide = checkpoint.load(fit(drawn(4), run_val, tmp_path / "twice", more, progress=False))
-    assert (wide[2].network_options["width"], wide[0].network.dropout.p) == (8, 0.1)     # drop-out may differ
+    assert wide[2].network_options == {"width": 8, "dropout": 0.1}     # drop-out may differ
     image = torch.from_numpy(drawn(12)[0][0].image_rgb.copy()).permute(2, 0, 1)[None].float()
     with torch.no_grad():
         logits = [Training(model, guide, options).eval()(image) for model, guide, _ in (before, wide)]

@@ -167,7 +167,7 @@ def _read_all(
 
 def in_separate_areas(labels: np.ndarray) -> list[int]:
     """The numbers of a label map (H, W) that two or more areas apart from each other have; specks do not count."""
-    areas = skimage.measure.label(labels, connectivity=2)
+    areas = np.asarray(skimage.measure.label(labels, connectivity=2))
     first, sizes = np.unique(areas, return_index=True, return_counts=True)[1:]
     of_area = labels.ravel()[first]
     numbers, times = np.unique(of_area[(of_area > 0) & (sizes >= SPECK_PX)], return_counts=True)

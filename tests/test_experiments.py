@@ -379,6 +379,14 @@ def test_curves_are_means_over_folds(tmp_path: Path) -> None:
     assert [np.asarray(line.get_ydata()).tolist() for line in dice.lines] == [[0.6]]
 
 
+def test_curves_of_folds_of_unequal_length_are_averaged_by_epoch() -> None:
+    rows = [("nuinsseg", "relu", fold, step, loss, 0.5) for fold, step, loss in
+            ((0, 50, 0.8), (0, 100, 0.4), (1, 52, 0.6), (1, 104, 0.2))]
+    table = pd.DataFrame(rows, columns=pd.Index(["set", "arm", "fold", "step", "train_loss", "val_dice"]))
+    (line,) = training_curves(table, experiment("table2")).axes[0].get_lines()
+    np.testing.assert_allclose(np.asarray(line.get_xydata()), [[51, 0.7], [102, 0.3]])
+
+
 def test_panels_have_a_column_for_every_model() -> None:
     image, labels = draw_tissue(0, (64, 64), 5, (6, 8))
     figure = panels([("one", image, labels, {"a": labels, "b": 0 * labels}), ("two", image, labels, {"a": labels})])

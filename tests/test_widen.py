@@ -49,9 +49,10 @@ def test_a_wider_network_begins_with_the_same_logits(name: str, factor: int) -> 
     assert sum(p.numel() for p in wide.parameters()) > 0.9 * factor**2 * sum(p.numel() for p in narrow.parameters())
 
 
-def test_a_guided_network_keeps_what_it_attends_to() -> None:
-    narrow = used(guided(4), IMAGE, LATENT)
-    wide = widen(narrow, guided(8)).eval()
+@pytest.mark.parametrize("fusion", ["cross", "concat"])
+def test_a_guided_network_keeps_what_the_guide_tells_it(fusion: str) -> None:
+    narrow = used(guided(4, fusion), IMAGE, LATENT)
+    wide = widen(narrow, guided(8, fusion)).eval()
     torch.testing.assert_close(wide(IMAGE, LATENT), narrow(IMAGE, LATENT), atol=1e-3, rtol=1e-3)
     away = (narrow(IMAGE, LATENT) - narrow(IMAGE, -LATENT)).abs().max()
     assert away > 0.01                                  # the guide matters here
@@ -80,7 +81,7 @@ def test_the_seed_draws_the_shares() -> None:
     [
         (lambda: unguided(4), lambda: unguided(6), "do not all grow by the same whole factor"),
         (lambda: unguided(8), lambda: unguided(4), "do not all grow by the same whole factor"),
-        (lambda: guided(4, "concat"), lambda: guided(8, "concat"), "do not all grow by the same whole factor"),
+        (lambda: guided(4, "x_gfb"), lambda: guided(8, "x_gfb"), "do not all grow by the same whole factor"),
         (lambda: unguided(4, "unet"), lambda: unguided(8), "not of the same kind"),
         (lambda: unguided(4, "awgunet"), lambda: unguided(8, "awgunet"), "transposed convolutions"),
         (lambda: unguided(4, "hovernet"), lambda: unguided(8, "hovernet"), "grouped otherwise"),

@@ -18,7 +18,7 @@ class TrainOptions:
         start: a model to begin with, by name or folder: training goes on from its weights, on other images or by
             another recipe. Network, fusion and guide must be as in that model, but that a guide may be added to one
             without. The width may be a multiple of its width: each channel begins as several (without a guide, or with
-            the fusion cross).
+            the fusion cross or concat).
         network: unet, unet3plus, eunet3plus, ddunet, awgunet, asppunet, sharpunet or hovernet.
         width: channels of the network's finest level.
         network_options: other arguments of the network, as NAME VALUE pairs, such as activation silu.

@@ -293,6 +293,11 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda root: write(root / "counts.csv", (root / "counts.csv").read_text().replace("0,3,0", "0,nan,0", 1)),
         r"counts\.csv, line 2: epithelial is 'nan'; it must be a whole number",
     ),
+    "counts are of other patches": (
+        "conic",
+        lambda root: write(root / "counts.csv", (root / "counts.csv").read_text().replace("0,3,0", "2,1,0", 1)),
+        r"counts\.csv: the counts of 1 of 3 patches, first in line 2, are not of the nuclei in labels\.npy",
+    ),
     "counts are missing": ("conic", lambda root: (root / "counts.csv").unlink(), r"cannot read .*counts\.csv"),
     "counts have other columns": (
         "conic",
@@ -493,6 +498,20 @@ def test_many_wrong_counts_are_told_in_a_few_lines(tmp_path: Path):
     problems = check("conic", root, partial=True).problems
     assert len(problems) == 6
     assert problems[-1].endswith("counts.csv has 10 more such counts")
+
+
+def test_nuclei_on_the_border_of_what_is_counted_may_count_or_not(tmp_path: Path):
+    root = trees.conic(tmp_path)
+    labels = np.load(root / "labels.npy")
+    labels[0, 10:20, 100:110] = (9, 2)                  # reaches four pixels into the counted part
+    labels[1, :10, 100:110] = (9, 2)                    # does not reach it
+    trees.save(root / "labels.npy", labels)
+    rows = (root / "counts.csv").read_text().splitlines()
+    for counted, sound in (((3, 3), True), ((4, 3), True), ((5, 3), False), ((3, 4), False), ((2, 3), False)):
+        for line, count in enumerate(counted, start=1):
+            rows[line] = f"0,{count},0,0,0,0"
+        write(root / "counts.csv", "\n".join(rows) + "\n")
+        assert (not check("conic", root, partial=True).problems) == sound, counted
 
 
 def test_progress_is_told(tmp_path: Path):

@@ -25,6 +25,8 @@ LABELS = (None, 256, 256, 2)
 TYPES = ("neutrophil", "epithelial", "lymphocyte", "plasma", "eosinophil", "connective")
 OWN_SEED, OWN_DRAWS, OWN_HELD = 5, 10, 0.2  # of its own division; the first draw is the one that is used
 COUNTS_SHOWN = 5  # faults of counts.csv that are told one by one
+COUNTED = np.s_[16:-16, 16:-16]  # the part of a patch whose nuclei are counted
+MOST_ODD = 0.01  # share of the patches whose counts may not be of their labels; more, and the rows are of others
 
 
 def read_conic(root: Path) -> Dataset:
@@ -101,7 +103,8 @@ def conic_folder(root: Path) -> Path | None:
 
 
 def counts_problems(root: Path) -> list[str]:
-    """What is wrong with `counts.csv`: its columns, the number of its rows, counts that are no whole numbers.
+    """What is wrong with `counts.csv`: its columns, the number of its rows, counts that are no whole numbers, or that
+    are not of the labels.
 
     The file has a row a patch and a column a type, nuclei in the central 224 x 224 pixels.
     """
@@ -124,7 +127,36 @@ def counts_problems(root: Path) -> list[str]:
         if not _is_count(row[kind])
     ]
     more = [f"{path} has {len(faults) - COUNTS_SHOWN} more such counts"] if len(faults) > COUNTS_SHOWN else []
+    odd = [] if problems or faults else _odd_counts(folder, [[int(float(row[kind])) for kind in TYPES] for row in rows])
+    if len(odd) > MOST_ODD * len(rows):
+        faults = [
+            f"{path}: the counts of {len(odd)} of {len(rows)} patches, first in line {odd[0] + 2}, are not of the "
+            "nuclei in labels.npy; copy both from the same release"
+        ]
     return problems + faults[:COUNTS_SHOWN] + more
+
+
+def _odd_counts(folder: Path, counts: Sequence[Sequence[int]]) -> list[int]:
+    """The patches whose counts the labels rule out, however nuclei on the border of the counted part are counted."""
+    try:
+        labels = open_array(folder / "labels.npy", LABELS, ["u", "i"])
+    except UserError:
+        return []  # which is told of that file
+    if len(labels) != len(counts):
+        return []
+    odd = []
+    for index, given in enumerate(counts):
+        numbers, classes = np.moveaxis(labels[index], -1, 0)
+        ids, first, pixels = np.unique(numbers, return_index=True, return_counts=True)
+        inside, within = np.unique(numbers[COUNTED], return_counts=True)
+        seen = np.zeros(len(ids), int)
+        seen[np.searchsorted(ids, inside)] = within
+        kinds = np.where(ids > 0, classes.ravel()[first], 0)
+        most, least = (np.bincount(kinds[part].clip(0, len(TYPES)), minlength=len(TYPES) + 1)[1:]
+                       for part in (seen > 0, seen == pixels))
+        if (given < least).any() or (given > most).any():
+            odd.append(index)
+    return odd
 
 
 def _is_count(text: str) -> bool:

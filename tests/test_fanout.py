@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -451,6 +452,26 @@ def test_a_full_disk_is_reported_and_leaves_no_half_written_file(tmp_path, monke
     assert names(tmp_path / "out") == [".a.begun", "a.csv", "b.csv", "b.geojson", "summary.csv"]   # a.csv is whole
     monkeypatch.undo()
     assert run(files, tmp_path / "out", formats=["geojson", "csv"]).skipped == 1             # and a is done again
+
+
+@pytest.mark.parametrize("cut", [KeyboardInterrupt, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
+def test_a_cut_while_a_format_is_added_forgets_none_of_those_before(tmp_path, monkeypatch, cut):
+    file, out = squares(tmp_path / "a.png"), tmp_path / "out"
+    run([file], out, formats=["csv"])
+    replace = os.replace
+
+    def fails(source: Path, target: Path) -> None:
+        if Path(target).name == "a.geojson":
+            raise cut
+        replace(source, target)
+
+    with monkeypatch.context() as context, suppress(KeyboardInterrupt):
+        context.setattr(export.os, "replace", fails)
+        run([file], out, formats=["geojson"])
+    assert run([file], out, formats=["csv"]).skipped == 1
+    assert run([file], out, formats=["csv", "geojson"]).skipped == 0
+    assert names(out) == ["a.csv", "a.geojson", "summary.csv"]
+    assert run([file], out, formats=["csv", "geojson"]).skipped == 1
 
 
 def test_a_summary_that_cannot_be_written_is_reported(tmp_path, monkeypatch):

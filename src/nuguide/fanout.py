@@ -264,9 +264,10 @@ def _segment_files(
                 kept = [] if row is None or overwrite else made(row, job)
                 if not overwrite:
                     refuse_others(out / name, job, kept)
+                grows = any(with_ending(out / name, ending).exists() for ending in kept)
                 with turn:                              # cut from here on, it is not finished
                     begun(out / name).touch()
-                    if before.pop(source, None) is not None:
+                    if not grows and before.pop(source, None) is not None:      # else what there is stays as sound
                         write_summary(out / SUMMARY, before.values())
                 row, line = do_begun(job, file, out / name, watch)
                 row = dataclasses.replace(row, files=" ".join(dict.fromkeys([*kept, *job.endings])))

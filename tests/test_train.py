@@ -24,7 +24,7 @@ from nuguide.metrics import dice
 from nuguide.networks import fold_batch_norm
 from nuguide.normalize import StainNormalizer
 from nuguide.recipe import TrainOptions
-from nuguide.train import RESUME, KeepBest, Training, fit, loaders, note_epoch, seen, training_pictures
+from nuguide.train import RESUME, KeepModel, Training, fit, loaders, note_epoch, seen, training_pictures
 from nuguide.types import Sample, UserError
 from nuguide.zoo import trained_on
 
@@ -95,19 +95,33 @@ def test_the_model_kept_is_that_of_the_best_epoch(run: SimpleNamespace) -> None:
     assert np.mean(found) == pytest.approx(best["val_dice"], abs=1e-3)
 
 
-def test_a_worse_epoch_does_not_replace_a_better_one_even_after_a_resume(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("keep", "folder", "kept"),
+    [("best", "model", 1), ("last", "model", 4), ("mean", "best", 1), ("mean", "model", 2.5)],
+)
+def test_the_best_epoch_is_kept_or_the_last_or_their_mean_even_after_a_resume(
+    tmp_path: Path, keep: str, folder: str, kept: float
+) -> None:
     spec = checkpoint.ModelSpec("unet", {"width": 1})
-    keeper, module = KeepBest(tmp_path, spec), SimpleNamespace(model=checkpoint.build(spec))
+    keeper, module = KeepModel(tmp_path, spec, keep=keep), SimpleNamespace(model=checkpoint.build(spec))
     for epoch, score in enumerate([0.5, 0.7, 0.6, 0.7, 0.65]):
-        if epoch == 2:                                   # as from last.ckpt
-            state, keeper = keeper.state_dict(), KeepBest(tmp_path, spec)
+        if epoch in (2, 4):                              # as from last.ckpt, which may be followed by an epoch twice
+            state, keeper = keeper.state_dict(), KeepModel(tmp_path, spec, keep=keep)
             keeper.load_state_dict(state)
+        for value in module.model.state_dict().values():
+            value.fill_(epoch)
         trainer = SimpleNamespace(
-            callback_metrics={"val_dice": score}, sanity_checking=False, current_epoch=epoch, is_global_zero=True
+            callback_metrics={"val_dice": score}, sanity_checking=False, current_epoch=epoch, is_global_zero=True,
+            max_epochs=5,
         )
-        keeper.on_validation_end(trainer, module)  # pyright: ignore[reportArgumentType]
-    origin = checkpoint.read_spec(tmp_path / "model").origin
-    assert (origin["epoch"], origin["val_dice_at_training_resolution"]) == (1, 0.7)
+        for _ in range(2 if epoch == 4 else 1):
+            keeper.on_validation_end(trainer, module)  # pyright: ignore[reportArgumentType]
+    origin = checkpoint.read_spec(tmp_path / folder).origin
+    last = keep == "last" or (keep, folder) == ("mean", "model")
+    assert (origin["epoch"], origin["val_dice_at_training_resolution"]) == ((4, 0.65) if last else (1, 0.7))
+    assert origin.get("mean_with_epoch") == (1 if (keep, folder) == ("mean", "model") else None)
+    model, _, _ = checkpoint.load(tmp_path / folder)
+    assert all(bool((value == kept).all()) for value in model.parameters())
 
 
 def test_the_model_says_where_it_comes_from(run: SimpleNamespace) -> None:

@@ -25,6 +25,8 @@ from .resample import resize_map
 
 # thresholds of nucleus and interior, and least areas in square microns, that are tried
 GRID = {"nucleus": (0.4, 0.5, 0.6, 0.7), "interior": (0.4, 0.5, 0.6), "min_area_um2": (8.0, 14.0)}
+AIM = 0.5                   # the nucleus threshold that training aims at
+LEVEL = 0.002               # scores that differ by no more are taken for equal: a few images decide between them
 
 
 def calibrate(
@@ -58,12 +60,13 @@ def input_ranges(predictor: Predictor, pictures: Sequence[Picture]) -> Ranges:
 
 
 def best_separation(predictor: Predictor, pictures: Sequence[Picture]) -> dict[str, float]:
-    """The options of `GRID` with the highest mean of Dice, AJI and PQ over the pictures, at the model's resolution.
+    """The options of `GRID` with the highest mean of Dice, AJI and PQ over the pictures, at the model's resolution;
+    of those that are `LEVEL` with the highest, the best one of those whose nucleus threshold is nearest to `AIM`.
 
     Every data set counts alike, however many pictures it has: what suits the largest may lose the nuclei of another.
     """
     maps = [predictor.probabilities(drawn.image_rgb) for drawn in pictures]
-    best: tuple[float, dict[str, float]] = (-1.0, {})
+    tried: list[tuple[float, dict[str, float]]] = []
     for values in itertools.product(*GRID.values()):
         options = dict(zip(GRID, values, strict=True))
         how = Separation(**options)
@@ -71,9 +74,10 @@ def best_separation(predictor: Predictor, pictures: Sequence[Picture]) -> dict[s
         for drawn, (nucleus, interior) in zip(pictures, maps, strict=True):
             found = separate(nucleus, interior, predictor.spec.mpp, how)
             scores.setdefault(drawn.group.partition("/")[0], []).append(quality(drawn, found))
-        mean = float(np.mean([np.mean(of_set) for of_set in scores.values()]))
-        best = max(best, (mean, options), key=lambda pair: pair[0])
-    return best[1]
+        tried.append((float(np.mean([np.mean(of_set) for of_set in scores.values()])), options))
+    highest = max(score for score, _ in tried)
+    level = [(-abs(options["nucleus"] - AIM), score, options) for score, options in tried if score >= highest - LEVEL]
+    return max(level, key=lambda one: one[:2])[2]
 
 
 def quality(drawn: Picture, found: np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -201,6 +202,19 @@ def load(name: str | Path, guide: FrozenGuide | None = None) -> tuple[nn.Module,
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder / WEIGHTS}: cannot be loaded ({reason}); train or copy the model again") from error
     return model.eval(), guide, spec
+
+
+def mean(model: nn.Module, folder: Path) -> nn.Module:
+    """A copy of a model with the mean of its weights and of those in a model folder; running means of batch norm too.
+
+    Two models of one training, apart in time but of one start, have a mean that is often better than either (Wortsman
+    et al., Model soups, ICML 2022).
+    """
+    joined, others = copy.deepcopy(model), _fp32(load_file(folder / WEIGHTS))
+    own = joined.state_dict()
+    halves = {name: (value + others[name].to(value)) / 2 for name, value in own.items() if value.is_floating_point()}
+    joined.load_state_dict(own | halves)
+    return joined
 
 
 def _fp32(state: dict[str, Tensor]) -> dict[str, Tensor]:

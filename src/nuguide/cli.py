@@ -296,7 +296,7 @@ def train(
         raise KeyboardInterrupt from error
     if not leads():
         return 0
-    print(f"best model: {folder}\ncurves: {out / 'curves.png'}")
+    print(f"model: {folder}\ncurves: {out / 'curves.png'}")
     print(f"use it: nuguide segment IMAGE --out DIR --model {folder}")
     return 0
 

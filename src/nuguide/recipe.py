@@ -61,6 +61,8 @@ class TrainOptions:
             the next finer one counts; they have no part in the model that is kept.
         ema: decay of an average of the weights over the steps, which then is what is validated and kept, such as 0.999;
             0 keeps the weights as they are. At step t the decay is at most (1 + t) / (10 + t).
+        keep: best keeps the model of the epoch with the highest validation Dice, last that of the last epoch, mean the
+            mean of the weights of the two: with `start` and `ema` often better than either.
         augmentation: how patches are varied.
         seed: of the initial weights, the patches and drop-out.
         precision: of training: auto, fp32 or bf16; auto takes bf16 where this machine is faster with it.
@@ -98,6 +100,7 @@ class TrainOptions:
     gap_weight: float = 1.0
     deep_supervision: bool = False
     ema: float = 0.0
+    keep: str = "best"
     augmentation: Augmentation = field(default_factory=Augmentation)
     seed: int = 0
     precision: str = "auto"
@@ -106,6 +109,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name, value, choices in (("latents", self.latents, ("live", "cached")),
                                      ("guide_scale", self.guide_scale, ("tile", "region")),
+                                     ("keep", self.keep, ("best", "last", "mean")),
                                      ("schedule", self.schedule, ("cosine", "constant")),
                                      ("normalize_stain", self.normalize_stain, ("none", *METHODS))):
             if value not in choices:

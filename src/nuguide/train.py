@@ -166,11 +166,14 @@ def seen(batch: Batch, guide: nn.Module | None) -> tuple[Tensor, Tensor | None]:
     return patches, latent[..., cells, cells]
 
 
-class KeepBest(Callback):
-    """Writes the model folder whenever validation Dice is the best so far, metrics and curves after every epoch."""
+class KeepModel(Callback):
+    """Writes the model folder as `keep` of the options says; metrics and curves after every epoch.
 
-    def __init__(self, folder: Path, spec: ModelSpec, deep_supervision: bool = False):
-        self.folder, self.spec, self.deep_supervision = folder, spec, deep_supervision
+    For the mean, the best model so far waits in a folder of its own, which the last epoch's is joined with.
+    """
+
+    def __init__(self, folder: Path, spec: ModelSpec, deep_supervision: bool = False, keep: str = "best"):
+        self.folder, self.spec, self.deep_supervision, self.keep = folder, spec, deep_supervision, keep
         self.best = -1.0
 
     def state_dict(self) -> dict[str, float]:
@@ -180,17 +183,25 @@ class KeepBest(Callback):
         self.best = state_dict["best"]
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        score = float(trainer.callback_metrics["val_dice"])
-        if trainer.sanity_checking or score <= self.best:
+        if trainer.sanity_checking:
             return
-        self.best = score
+        score = float(trainer.callback_metrics["val_dice"])
+        better, self.best = score > self.best, max(score, self.best)
         if not trainer.is_global_zero:
             return
-        origin = self.spec.origin | {"val_dice_at_training_resolution": round(score, 4), "epoch": trainer.current_epoch}
+        facts = {"val_dice_at_training_resolution": round(score, 4), "epoch": trainer.current_epoch}
         model = pl_module.model
         assert isinstance(model, nn.Module)
         kept = without_side_heads(model) if self.deep_supervision else model
-        checkpoint.save(self.folder / "model", kept, dataclasses.replace(self.spec, origin=origin))
+        best = self.folder / ("best" if self.keep == "mean" else "model")
+        if better or self.keep == "last":
+            self._save(best, kept, facts)
+        if self.keep == "mean" and trainer.current_epoch == (trainer.max_epochs or 0) - 1:
+            origin = checkpoint.read_spec(best).origin
+            self._save(self.folder / "model", checkpoint.mean(kept, best), facts | {"mean_with_epoch": origin["epoch"]})
+
+    def _save(self, folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
+        checkpoint.save(folder, model, dataclasses.replace(self.spec, origin=self.spec.origin | facts))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         scores = {name: float(trainer.callback_metrics[name]) for name in ("train_loss", "val_dice")}
@@ -300,7 +311,7 @@ def fit(
     pictures = training_pictures(train, options, stain)
     unseen = pictures_of(val, options.mpp, options.exposure, stain)
     loader, held = loaders(pictures, unseen, out, guide, options, processes)
-    kept = [KeepBest(out, spec, options.deep_supervision)]
+    kept = [KeepModel(out, spec, options.deep_supervision, options.keep)]
     with lightning_quiet():
         callbacks = [*kept, *callbacks_of(options, loader.dataset)]
         trainer = trainer_for(options, out, device, callbacks, progress and leads(), devices, nodes)
@@ -345,7 +356,7 @@ def built(
 
 
 def callbacks_of(options: TrainOptions, patches: Any) -> list[Callback]:
-    """What the options ask to happen during training; to come after what keeps the best model."""
+    """What the options ask to happen during training; to come after what keeps the model."""
     average = [WeightAverage(options.ema)] if options.ema else []
     hard = [HardExamples(patches, options.batch, options.hard)] if options.hard else []
     return [*average, *hard]

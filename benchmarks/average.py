@@ -1,15 +1,17 @@
-"""One run with `nuguide train --ema`, scored with the average of its weights and with the weights themselves.
+"""What to keep of a training: the weights at its end, their average, its best epoch, or the mean of the last two.
 
-    python benchmarks/average.py runs/ema/last.ckpt ... --data DATA
+    python benchmarks/average.py NAME=RUN ... --data DATA
 
-Each checkpoint holds both, so the two are of one run, step for step. Scores are at 0.5 microns per pixel, on the
-validation images of results/split.json, by the default model's thresholds; they go to results/ema.json.
+RUN is a folder of `nuguide train --ema ... --keep mean`: last.ckpt holds the weights at the end and their average,
+best/ the average at the best epoch, model/ the mean. Scores are at 0.5 microns per pixel, on the validation images of
+results/split.json, by the thresholds in model/; they go to results/ema.json, where other runs stay.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -18,14 +20,26 @@ import torch
 from instances_compare import RESULTS, listed
 from nuguide import checkpoint
 from nuguide.batches import Picture
-from nuguide.evaluate import write_scores
+from nuguide.evaluate import read_scores, write_scores
 from nuguide.metrics import score
 from nuguide.predict import Predictor
+from nuguide.train import RESUME
+
+OUT = RESULTS / "ema.json"
 
 
-def scored(state: dict[str, torch.Tensor], pictures: list[Picture]) -> list[dict]:
-    """A row of scores for every picture, by the default model with other weights."""
-    model, guide, spec = checkpoint.load("default")
+def states(run: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """What a run may keep, by name, with its weights."""
+    held = torch.load(run / RESUME, weights_only=True)
+    yield "weights", {name.removeprefix("model."): value for name, value in held["state_dict"].items()}
+    yield "average", held["callbacks"]["WeightAverage"]["average"]
+    for name, folder in (("best", "best"), ("mean", "model")):
+        yield name, checkpoint.load(run / folder)[0].state_dict()
+
+
+def scored(run: Path, state: dict[str, torch.Tensor], pictures: list[Picture]) -> list[dict]:
+    """A row of scores for every picture, by the run's model with other weights."""
+    model, guide, spec = checkpoint.load(run / "model")
     model.load_state_dict(state)
     predictor = Predictor(model, guide, spec, device="cpu", precision="fp32")
     rows = []
@@ -37,20 +51,21 @@ def scored(state: dict[str, torch.Tensor], pictures: list[Picture]) -> list[dict
 
 
 def main() -> int:
-    """Score every checkpoint twice."""
+    """Score every run in all its states."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", type=Path)
+    parser.add_argument("runs", nargs="+", metavar="NAME=RUN")
     parser.add_argument("--data", type=Path, required=True)
     given = parser.parse_args()
     pictures = listed(given.data, "val")
-    rows, steps = [], []
-    for path in given.checkpoints:
-        held = torch.load(path, weights_only=True)
-        last = {name.removeprefix("model."): value for name, value in held["state_dict"].items()}
-        steps.append(held["global_step"])
-        for weights, state in (("last", last), ("average", held["callbacks"]["WeightAverage"]["average"])):
-            rows += [row | {"steps": held["global_step"], "weights": weights} for row in scored(state, pictures)]
-    write_scores(RESULTS / "ema.json", pd.DataFrame(rows), {"steps": steps, "mpp": 0.5})
+    named = dict(each.split("=", 1) for each in given.runs)
+    rows = [
+        row | {"run": name, "weights": kept}
+        for name, run in named.items()
+        for kept, state in states(Path(run))
+        for row in scored(Path(run), state, pictures)
+    ]
+    before = read_scores(OUT).query("run not in @named") if OUT.is_file() else pd.DataFrame()
+    write_scores(OUT, pd.concat([before, pd.DataFrame(rows)], ignore_index=True), {"mpp": 0.5})
     return 0
 
 

@@ -244,21 +244,21 @@ def designs(against: str) -> str:
 
 
 def average() -> str:
-    """One run, scored with the average of its weights and with the weights themselves."""
-    file = RESULTS / "ema.json"
-    steps, table = json.loads(file.read_text())["facts"]["steps"], read_scores(file)
-    heads = ("steps", "set", "Dice: average", "Dice: weights", "difference", "AJI: difference", "PQ: difference")
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for at in steps:
+    """What a training may keep, minus the average of its weights at its end."""
+    table = read_scores(RESULTS / "ema.json")
+    titles = {"weights": "the weights themselves", "best": "the average at the best epoch", "mean": "the mean of both"}
+    lines = ["| training | set | minus the average at the end | Dice | AJI | PQ |", "|---|---|---|---|---|---|"]
+    for run in table["run"].unique():
         for dataset in ("tnbc", "nuinsseg"):
-            rows = of_set(table.query(f"steps == {at}"), dataset)
-            own, plain = (rows.query(f"weights == {which!r}").set_index("id") for which in ("average", "last"))
-            cells = [f"{own['dice'].mean():.3f}", f"{plain['dice'].mean():.3f}"]
-            for metric in ("dice", "aji", "pq"):
-                difference = (own[metric] - plain[metric]).to_numpy()
-                low, high = interval(difference)
-                cells.append(f"{difference.mean():+.3f} ({low:+.3f} to {high:+.3f})")
-            lines.append(f"| {at} | {SETS[dataset]} | " + " | ".join(cells) + " |")
+            rows = of_set(table.query("run == @run"), dataset)
+            for kept in [name for name in titles if name in set(rows["weights"])]:
+                one, other = (rows.query("weights == @which").set_index("id") for which in (kept, "average"))
+                cells = []
+                for metric in ("dice", "aji", "pq"):
+                    difference = (one[metric] - other[metric]).to_numpy()
+                    low, high = interval(difference)
+                    cells.append(f"{difference.mean():+.3f} ({low:+.3f} to {high:+.3f})")
+                lines.append(f"| {run} | {SETS[dataset]} | {titles[kept]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -126,7 +126,7 @@ def test_the_best_epoch_is_kept_or_the_last_or_their_mean_even_after_a_resume(
 
 def test_the_model_says_where_it_comes_from(run: SimpleNamespace) -> None:
     spec = checkpoint.read_spec(run.model)
-    assert (spec.network, spec.fusion, spec.guide) == ("eunet3plus", "cross", "efficientnet_lite0")
+    assert (spec.network, spec.fusion, spec.guide) == ("eunet3plus", "concat", "efficientnet_lite0")
     assert spec.guide_weights == "579344248a93"          # as the hash of the published file begins
     assert spec.mpp == 0.5
     assert spec.tile_px == 64
@@ -409,7 +409,7 @@ def test_training_goes_on_from_another_models_weights(run: SimpleNamespace, tmp_
 def test_a_guide_is_added_to_a_model_without(tmp_path: Path) -> None:
     plain = dataclasses.replace(LEARNS, fusion="none", epochs=1)
     start = fit(drawn(0, 1), drawn(12), tmp_path / "plain", plain, progress=False)
-    still = dataclasses.replace(LEARNS, start=str(start), epochs=1, steps_per_epoch=1, lr=1e-9)
+    still = dataclasses.replace(LEARNS, start=str(start), fusion="cross", epochs=1, steps_per_epoch=1, lr=1e-9)
     before = checkpoint.load(start)
     image = torch.from_numpy(drawn(12)[0][0].image_rgb.copy()).permute(2, 0, 1)[None].float()
     for width in (4, 8):

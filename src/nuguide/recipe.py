@@ -73,7 +73,7 @@ class TrainOptions:
     network: str = "eunet3plus"
     width: int = 16
     network_options: dict[str, bool | int | float | str] = field(default_factory=dict)
-    fusion: str = "cross"
+    fusion: str = "concat"
     fusion_options: dict[str, bool | int | float | str] = field(default_factory=dict)
     levels: str = "bottleneck"
     latent_dropout: float = 0.2

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from nuguide.augment import Augmentation
 from nuguide.checkpoint import model_folder, read_spec
 from nuguide.datasets import Dataset, read_dataset
 from nuguide.datasets.splits import read_manifest
@@ -37,14 +38,17 @@ BESIDE = {"tnbc": ("nuinsseg",), "cryonuseg": ()}
 
 
 def recipe(name: str, start: str, steps: int, seed: int) -> TrainOptions:
-    """How every fold is trained: five epochs, the weights averaged. Exits where START has seen the set `name`."""
+    """How every fold is trained: five epochs, else as in the shipped models' last stage. Exits where START has seen
+    the set `name`.
+    """
     spec = read_spec(model_folder(start))
     if any(part["name"] == name for part in trained_on(spec.origin)):
         raise SystemExit(f"{start}: was trained on {name}, so scores of it would say nothing")
     width = spec.network_options["width"]
     return TrainOptions(
         start=start, network=spec.network, width=int(width), fusion=spec.fusion or "none", mpp=spec.mpp, lr=1e-3,
-        balance=0.8, ema=0.99, epochs=5, steps_per_epoch=steps // 5, seed=seed, precision="fp32",
+        balance=0.8, gap_weight=5.0, ema=0.99, keep="mean", epochs=5, steps_per_epoch=steps // 5, seed=seed,
+        augmentation=Augmentation(elastic_px=1.7, blur=1.0, noise=10.0, jpeg=50), precision="fp32",
     )
 
 

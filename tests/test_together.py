@@ -113,7 +113,7 @@ def train(data: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]
 def test_two_processes_train_one_model(data: Path, tmp_path: Path) -> None:
     done = train(data, tmp_path / "two", "--devices", "2", "--ema", "0.9")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("best model") == done.stdout.count("images to train on") == 1
+    assert done.stdout.count("\nmodel: ") == done.stdout.count("images to train on") == 1
     with (tmp_path / "two" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [2, 4]

@@ -62,7 +62,8 @@ class TrainOptions:
         ema: decay of an average of the weights over the steps, which then is what is validated and kept, such as 0.999;
             0 keeps the weights as they are. At step t the decay is at most (1 + t) / (10 + t).
         keep: best keeps the model of the epoch with the highest validation Dice, last that of the last epoch, mean the
-            mean of the weights of the two: with `start` and `ema` often better than either.
+            mean of the weights of the two: with `start` and `ema` often better than either. Until the last epoch is
+            done, the best one is then in a folder `best` beside where the model will be.
         augmentation: how patches are varied.
         seed: of the initial weights, the patches and drop-out.
         precision: of training: auto, fp32 or bf16; auto takes bf16 where this machine is faster with it.

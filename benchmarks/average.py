@@ -1,4 +1,4 @@
-"""What to keep of a training: the weights at its end, their average, its best epoch, or the mean of the last two.
+"""What to keep of a training: the weights at its end, their average, its best epoch, or the mean of those two averages.
 
     python benchmarks/average.py NAME=RUN ... --data DATA
 

@@ -42,6 +42,18 @@ def test_the_set_of_few_pictures_counts_as_much_as_that_of_many():
     assert best_separation(Sees(), [*[large] * 9, small])["min_area_um2"] == 8  # pyright: ignore[reportArgumentType]
 
 
+def test_of_thresholds_that_score_alike_the_one_nearest_to_the_aim_is_taken_and_a_better_one_before_it():
+    picture = disks(10, "set/a")
+    assert best_separation(Sees(), [picture])["nucleus"] == 0.5  # pyright: ignore[reportArgumentType]
+
+    class Haloed(Sees):
+        def probabilities(self, image_rgb: np.ndarray) -> np.ndarray:
+            nucleus = (image_rgb[..., 0] > 0).astype(np.float32)
+            return np.stack([np.maximum(nucleus, 0.65 * cv2.dilate(nucleus, np.ones((7, 7)))), nucleus])
+
+    assert best_separation(Haloed(), [picture])["nucleus"] == 0.7  # pyright: ignore[reportArgumentType]
+
+
 def test_quality_is_the_mean_of_three_and_leaves_out_what_is_ignored():
     one = disks(10, "x/a")
     assert quality(one, one.labels) == 1

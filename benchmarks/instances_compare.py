@@ -48,11 +48,12 @@ from nuguide.instances import (
     targets,
     without_holes,
 )
+from nuguide.loaders import pictures_of
 from nuguide.losses import dice_focal
 from nuguide.metrics import score
 from nuguide.networks import fold_batch_norm
 from nuguide.predict import padded
-from nuguide.train import pictures_of, seen
+from nuguide.train import seen
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MPP = 0.5

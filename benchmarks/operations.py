@@ -24,7 +24,8 @@ from nuguide.datasets.facts import FACTS
 from nuguide.experiments.run import VAL_SHARE
 from nuguide.experiments.specs import EXPERIMENTS, PAPER, SETS, Arm
 from nuguide.guides import GUIDES, FrozenGuide
-from nuguide.train import model_spec, surroundings
+from nuguide.loaders import surroundings
+from nuguide.start import model_spec
 
 FOLDS = 5
 GUIDE = "sam_vit_b"                                     # of the guided arms that name none

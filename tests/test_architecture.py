@@ -21,8 +21,8 @@ LAYERS = {
     "instances": 1, "losses": 1, "machine": 1, "measure": 1, "metrics": 1, "networks": 1, "normalize": 1, "quality": 1,
     "resample": 1, "runs": 1, "stain": 1, "tiling": 1, "together": 1, "tissue": 1, "zoo": 1,
     "batches": 2, "checkpoint": 2, "latents": 2, "nuclei": 2, "recipe": 2, "slides": 2, "widen": 2,
-    "calibrate": 3, "callbacks": 3, "cluster": 3, "deploy": 3, "evaluate": 3, "fanout": 3, "predict": 3,
-    "slide_run": 3, "train": 3, "whole_slide": 3,
+    "calibrate": 3, "callbacks": 3, "cluster": 3, "deploy": 3, "evaluate": 3, "fanout": 3, "loaders": 3, "predict": 3,
+    "slide_run": 3, "start": 3, "train": 3, "whole_slide": 3,
     "cli": 4, "cli_data": 4, "experiments": 4, "web": 4,
     "__init__": 5,
 }
@@ -45,7 +45,7 @@ BESIDE = {
     "whole_slide": {"predict"},      # runs it, tile by tile
     "slide_run": {"fanout", "predict", "whole_slide"},  # one of the jobs of a run; loads a model for its regions
     "cluster": {"slide_run", "whole_slide"},  # where it computes them, and how long that took
-    "train": {"calibrate", "callbacks"},  # ends with it; runs with these
+    "train": {"calibrate", "callbacks", "loaders", "start"},  # ends with it; runs with these
 }
 LONGEST = 80                         # lines of a function
 

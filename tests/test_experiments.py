@@ -25,7 +25,7 @@ from nuguide.experiments.specs import EXPERIMENTS, PAPER, Arm, experiment
 from nuguide.experiments.tables import curves, differences, latex, markdown, results, summary
 from nuguide.guides import GUIDES, load_guide
 from nuguide.metrics import Scores, score
-from nuguide.train import model_spec
+from nuguide.start import model_spec
 from nuguide.types import Sample, UserError
 
 ARMS = [pytest.param(e, arm, id=f"{e.name}-{arm.name}") for e in EXPERIMENTS.values() for arm in e.arms]

@@ -14,17 +14,19 @@ import torch
 
 import nuguide
 from conftest import draw_tissue
-from nuguide import checkpoint, train
+from nuguide import callbacks, checkpoint, train
 from nuguide.batches import Batch, Patches, Picture
 from nuguide.calibrate import calibrate
+from nuguide.callbacks import KeepModel, note_epoch
 from nuguide.datasets import Dataset, Entry
 from nuguide.guides import FrozenGuide, load_guide
+from nuguide.loaders import loaders, training_pictures
 from nuguide.losses import dice_focal
 from nuguide.metrics import dice
 from nuguide.networks import fold_batch_norm
 from nuguide.normalize import StainNormalizer
 from nuguide.recipe import TrainOptions
-from nuguide.train import RESUME, KeepModel, Training, fit, loaders, note_epoch, seen, training_pictures
+from nuguide.train import RESUME, Training, fit, seen
 from nuguide.types import Sample, UserError
 from nuguide.zoo import trained_on
 
@@ -185,7 +187,7 @@ def test_a_run_that_was_cut_continues_exactly(when: str, tmp_path: Path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, "training_step", step)
-        patch.setattr(train, "note_epoch", note)
+        patch.setattr(callbacks, "note_epoch", note)
         with pytest.raises(Cut):
             fit(drawn(0, 1), drawn(2), cut, options, progress=False)
     real_patch = Patches.__getitem__
@@ -560,7 +562,7 @@ def test_a_full_disk_and_a_loss_that_is_not_finite_end_a_run_in_one_line(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "note_epoch", full)
+        patch.setattr(callbacks, "note_epoch", full)
         with pytest.raises(UserError, match="the run was cut .*No space left.*; repeat the command"):
             fit(drawn(0), drawn(2), tmp_path / "full", options, progress=False)
     monkeypatch.setattr(train, "dice_focal", lambda logits, *_: logits.sum() * torch.nan)

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from nuguide import checkpoint
-from nuguide.fanout import ENDINGS, write_results
+from nuguide.image_run import ENDINGS, write_results
 from nuguide.images import Image, read_image
 from nuguide.instances import enlarge
 from nuguide.metrics import dice

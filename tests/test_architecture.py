@@ -21,9 +21,9 @@ LAYERS = {
     "instances": 1, "losses": 1, "machine": 1, "measure": 1, "metrics": 1, "networks": 1, "normalize": 1, "quality": 1,
     "resample": 1, "runs": 1, "stain": 1, "tiling": 1, "together": 1, "tissue": 1, "zoo": 1,
     "batches": 2, "checkpoint": 2, "latents": 2, "nuclei": 2, "recipe": 2, "slides": 2, "widen": 2,
-    "calibrate": 3, "callbacks": 3, "cluster": 3, "deploy": 3, "evaluate": 3, "fanout": 3, "loaders": 3, "predict": 3,
-    "slide_run": 3, "start": 3, "train": 3, "whole_slide": 3,
-    "cli": 4, "cli_data": 4, "experiments": 4, "web": 4,
+    "calibrate": 3, "callbacks": 3, "cluster": 3, "evaluate": 3, "fanout": 3, "image_run": 3, "loaders": 3,
+    "predict": 3, "slide_run": 3, "start": 3, "train": 3, "whole_slide": 3,
+    "cli": 4, "cli_data": 4, "experiments": 4,
     "__init__": 5,
 }
 BESIDE = {
@@ -42,6 +42,7 @@ BESIDE = {
     "calibrate": {"predict"},        # runs it
     "cli": {"cli_data"},             # the commands of `nuguide data`
     "evaluate": {"predict"},         # measures it
+    "image_run": {"fanout"},         # is one of the jobs of a run
     "whole_slide": {"predict"},      # runs it, tile by tile
     "slide_run": {"fanout", "predict", "whole_slide"},  # one of the jobs of a run; loads a model for its regions
     "cluster": {"slide_run", "whole_slide"},  # where it computes them, and how long that took

@@ -15,7 +15,8 @@ import PIL.Image
 import pytest
 
 from nuguide import export
-from nuguide.fanout import ENDINGS, ImageJob, Outcome, Watch, name_results, parse_formats, read_summary, segment_files
+from nuguide.fanout import Outcome, Watch, name_results, parse_formats, read_summary, segment_files
+from nuguide.image_run import ENDINGS, ImageJob
 from nuguide.nuclei import Nuclei
 from nuguide.types import UserError
 

@@ -89,7 +89,8 @@ def segment(
         min_probability: Leave out nuclei that are less likely than this to be ones that an annotator would draw too.
         overwrite: Do finished images again, and replace files of the same names that are in the way.
     """
-    from .fanout import ENDINGS, parse_formats, segment_files
+    from .fanout import parse_formats, segment_files
+    from .image_run import ENDINGS
     from .slide_run import SlideOptions
     from .slides.writers import WRITERS
 
@@ -139,7 +140,7 @@ def jobs(
     options: SlideOptions, out: Path, wanted: Sequence[str] | None, treat_as: str, engine: Engine, overwrite: bool
 ) -> Callable[[Path], Job]:
     """What tells which job a file is for: an image's or a slide's; each writes the formats wanted that it has."""
-    from .fanout import ENDINGS, ImageJob
+    from .image_run import ENDINGS, ImageJob
     from .predict import DEFAULT_MPP
     from .slide_run import DEFAULT_FORMATS, MANIFEST, Manifest, SlideJob, predictor_for
     from .slides.reader import is_slide

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import os
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,22 +13,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import cv2
-import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
 from . import export
-from .images import Image, list_images, read_image
-from .quality import inspect
+from .images import list_images
 from .types import UserError
 
-if TYPE_CHECKING:
-    from .nuclei import Nuclei
-
-ENDINGS = {"labels": ".labels.tif", "geojson": ".geojson", "csv": ".csv", "overlay": ".overlay.png"}
 SUMMARY = "summary.csv"
 LOCK = ".nuguide.lock"
 
@@ -123,61 +116,6 @@ class Job(Protocol):
         """Let go of what only an unfinished run needs: the file's row is in the summary."""
 
 
-@dataclass
-class ImageJob(Job):
-    """Images that fit into memory, each segmented in one go.
-
-    Attributes:
-        segment: (image (H, W, 3) uint8, mpp, progress) -> Nuclei. model: what to call it in the summary.
-        mpp: microns per pixel of all images; where not given, what each file says, else `default_mpp` with a note.
-        formats: keys of `ENDINGS`.
-    """
-
-    segment: Callable[[np.ndarray, float, Callable[[int, int], None]], Nuclei]
-    model: str
-    mpp: float | None = None
-    default_mpp: float = 0.25
-    formats: Sequence[str] = tuple(ENDINGS)
-
-    @property
-    def endings(self) -> list[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the formats."""
-        return [ENDINGS[name] for name in self.formats]
-
-    def do(self, file: Path, stem: Path, watch: Watch) -> tuple[Row, str]:
-        """Segment one image and write its results."""
-        start = time.perf_counter()
-        image = read_image(file)
-        used_mpp = self.mpp or image.mpp or self.default_mpp
-        notes = list(image.notes)
-        if not self.mpp:
-            notes.append(
-                f"{image.mpp:.4g} microns per pixel, from the file"
-                if image.mpp
-                else f"the file states no scale: {self.default_mpp} microns per pixel assumed (--mpp sets it)"
-            )
-        try:
-            nuclei = self.segment(image.image_rgb, used_mpp, watch.tiles)
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from error
-        write_results(nuclei, image, stem, self.formats)
-        quality = inspect(image.image_rgb, used_mpp, nuclei.table)
-        count, mm2 = len(nuclei), image.image_rgb.shape[0] * image.image_rgb.shape[1] * used_mpp**2 / 1e6
-        row = Row(
-            name=stem.name,
-            nuclei=count,
-            nuclei_per_mm2=round(count / mm2, 1),
-            mean_area_um2=round(float(np.mean(nuclei.table["area_um2"])), 2) if count else 0.0,
-            mean_probability=round(float(np.mean(nuclei.table["probability"])), 4) if count else 0.0,
-            seconds=round(time.perf_counter() - start, 2),
-            mpp=used_mpp,
-            source=str(file.resolve()),
-            model=self.model,
-            warnings=joined(quality.warnings),
-        )
-        return row, f"{file.name}: {count} nuclei in {row.seconds:.1f} s" + "".join(f"; {note}" for note in notes)
-
-
 def segment_files(
     inputs: Sequence[Path],
     out: Path,
@@ -207,7 +145,7 @@ def segment_files(
     except OSError as error:
         raise UserError(f"{out}: no folder can be made here ({error.strerror}); choose another --out") from error
     with alone_in(out):
-        return _segment_files(inputs, out, job_for, overwrite, watch or Silence(), at_once)
+        return _Run(out, job_for, overwrite, watch or Silence()).all(inputs, at_once)
 
 
 @contextmanager
@@ -229,74 +167,95 @@ def alone_in(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _segment_files(
-    inputs: Sequence[Path], out: Path, job_for: Callable[[Path], Job], overwrite: bool, watch: Watch, at_once: int
-) -> Outcome:
-    outcome = Outcome()
-    found: dict[Path, Path] = {}                        # the absolute path of each file, and as it was given
-    for given in inputs:
-        try:
-            for file in list_images([given]):
-                found.setdefault(file.resolve(), file)
-        except UserError as error:
-            outcome.failed.append(str(error))
-    files = list(found.values())
-    before = read_summary(out / SUMMARY)
-    names = name_results(files, {row.source: row.name for row in before.values()})
-    if files:
-        watch.begin(len(files))
-    for file in files:
-        with suppress(UserError):                       # which is told when it is the file's turn
-            job_for(file).queue(file)
-    turn = threading.Lock()
+class _Run:
+    """One call of `segment_files`, which has OUT for itself; its arguments are told there.
 
-    def one(file: Path, name: str) -> None:
-        source = str(file.resolve())
-        row, line = before.get(source), None
+    Attributes:
+        outcome: so far. rows: of the summary, by source, those of earlier runs too; changed and written by one thread
+            at a time.
+    """
+
+    def __init__(self, out: Path, job_for: Callable[[Path], Job], overwrite: bool, watch: Watch):
+        self.out, self.job_for, self.overwrite, self.watch = out, job_for, overwrite, watch
+        self.outcome = Outcome()
+        self.rows = read_summary(out / SUMMARY)
+        self.turn = threading.Lock()
+
+    def all(self, inputs: Sequence[Path], at_once: int) -> Outcome:
+        """Every file of the inputs."""
+        files = self.listed(inputs)
+        names = name_results(files, {row.source: row.name for row in self.rows.values()})
+        if files:
+            self.watch.begin(len(files))
+        for file in files:
+            with suppress(UserError):                       # which is told when it is the file's turn
+                self.job_for(file).queue(file)
+        if at_once == 1:
+            for file, name in zip(files, names, strict=True):
+                self.one(file, name)
+            return self.outcome
+        pool = ThreadPoolExecutor(at_once)
         try:
-            job = job_for(file)
-            if not overwrite and finished(row, out, job):
+            list(pool.map(self.one, files, names))
+        except BaseException:                               # such as Ctrl-C, which may not wait for slides to end
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        pool.shutdown()
+        return self.outcome
+
+    def listed(self, inputs: Sequence[Path]) -> list[Path]:
+        """The files of the inputs as they were given, each once; notes the inputs that are none."""
+        found: dict[Path, Path] = {}
+        for given in inputs:
+            try:
+                for file in list_images([given]):
+                    found.setdefault(file.resolve(), file)
+            except UserError as error:
+                self.outcome.failed.append(str(error))
+        return list(found.values())
+
+    def one(self, file: Path, name: str) -> None:
+        """Skip or segment one file; what is wrong with it is noted."""
+        line = None
+        try:
+            job, row = self.job_for(file), self.rows.get(str(file.resolve()))
+            if not self.overwrite and finished(row, self.out, job):
                 assert row is not None
                 job.skip(file, row)
-                with turn:
-                    outcome.skipped += 1
+                with self.turn:
+                    self.outcome.skipped += 1
             else:
-                kept = [] if row is None or overwrite else made(row, job)
-                if not overwrite:
-                    refuse_others(out / name, job, kept)
-                grows = any(with_ending(out / name, ending).exists() for ending in kept)
-                with turn:                              # cut from here on, it is not finished
-                    begun(out / name).touch()
-                    if not grows and before.pop(source, None) is not None:      # else what there is stays as sound
-                        write_summary(out / SUMMARY, before.values())
-                row, line = do_begun(job, file, out / name, watch)
-                row = dataclasses.replace(row, files=" ".join(dict.fromkeys([*kept, *job.endings])))
-                with turn:
-                    before[source] = row
-                    write_summary(out / SUMMARY, before.values())
-                    begun(out / name).unlink(missing_ok=True)
-            job.tidy(out / name)
-            outcome.rows.append(row)
+                row, line = self.segment(job, file, name, row)
+            job.tidy(self.out / name)
+            self.outcome.rows.append(row)
         except UserError as error:
-            outcome.failed.append(str(error))
+            self.outcome.failed.append(str(error))
             line = f"failed: {error}"
         except OSError as error:
-            outcome.failed.append(f"{out / name}: cannot be written ({error.strerror}); choose another --out")
-            line = f"failed: {outcome.failed[-1]}"
-        watch.end(line)
+            self.outcome.failed.append(
+                f"{self.out / name}: cannot be written ({error.strerror}); choose another --out"
+            )
+            line = f"failed: {self.outcome.failed[-1]}"
+        self.watch.end(line)
 
-    if at_once == 1:
-        for file, name in zip(files, names, strict=True):
-            one(file, name)
-        return outcome
-    pool = ThreadPoolExecutor(at_once)
-    try:
-        list(pool.map(one, files, names))
-    except BaseException:                               # such as Ctrl-C, which may not wait for slides to end
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
-    return outcome
+    def segment(self, job: Job, file: Path, name: str, before: Row | None) -> tuple[Row, str]:
+        """Do one file, and put its row into the summary in the place of the one from before; the row, and a line."""
+        source, stem = str(file.resolve()), self.out / name
+        kept = [] if before is None or self.overwrite else made(before, job)
+        if not self.overwrite:
+            refuse_others(stem, job, kept)
+        grows = any(with_ending(stem, ending).exists() for ending in kept)
+        with self.turn:                                     # cut from here on, it is not finished
+            begun(stem).touch()
+            if not grows and self.rows.pop(source, None) is not None:       # else what there is stays as sound
+                write_summary(self.out / SUMMARY, self.rows.values())
+        row, line = do_begun(job, file, stem, self.watch)
+        row = dataclasses.replace(row, files=" ".join(dict.fromkeys([*kept, *job.endings])))
+        with self.turn:
+            self.rows[source] = row
+            write_summary(self.out / SUMMARY, self.rows.values())
+            begun(stem).unlink(missing_ok=True)
+        return row, line
 
 
 def do_begun(job: Job, file: Path, stem: Path, watch: Watch) -> tuple[Row, str]:
@@ -363,21 +322,6 @@ def state_of(file: Path) -> tuple[int, str]:
     except OSError:
         return 0, ""
     return facts.st_size, datetime.fromtimestamp(int(facts.st_mtime), UTC).isoformat()
-
-
-def write_results(nuclei: Nuclei, image: Image, stem: Path, formats: Sequence[str]) -> None:
-    """Every asked-for format of the results of one image, as `stem` plus its ending; all at a time, for most of the
-    work is compression, which threads share.
-    """
-    writers: dict[str, Callable[[Path], object]] = {
-        "labels": nuclei.to_labels,
-        "geojson": lambda path: nuclei.to_geojson(path, image_name=stem.name),
-        "csv": nuclei.to_csv,
-        "overlay": lambda path: nuclei.to_overlay(path, image.image_rgb),
-    }
-    with ThreadPoolExecutor(max(len(formats), 1)) as pool:
-        for writing in [pool.submit(writers[name], with_ending(stem, ENDINGS[name])) for name in formats]:
-            writing.result()
 
 
 def joined(warnings: Sequence[str]) -> str:

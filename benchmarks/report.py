@@ -183,6 +183,18 @@ def precision() -> str:
     return "\n".join(lines)
 
 
+def training_speed() -> str:
+    """A training step in either precision."""
+    found = json.loads((RESULTS / "training_speed.json").read_text())
+    return "\n".join([
+        "| width | patches, px | seconds a step: fp32 | bf16 | times as fast | one convolution |",
+        "|---|---|---|---|---|---|",
+        f"| {found['width']} | {found['batch']} x {found['patch_px']} | {found['seconds_a_step']['fp32']:.2f} | "
+        f"{found['seconds_a_step']['bf16']:.2f} | {found['fp32_over_bf16']:.1f} | "
+        f"{found['convolution_fp32_over_bf16']:.1f} |",
+    ])
+
+
 def speed() -> str:
     """Stages of `nuguide segment`."""
     found = json.loads((RESULTS / "speed.json").read_text())
@@ -521,7 +533,7 @@ def operations() -> str:
 
 TABLES: dict[str, Callable[..., str]] = {
     "accuracy": accuracy, "guidance": guidance, "groups": groups, "screen": screen, "speed": speed, "seams": seams,
-    "training": training, "flips": flips, "precision": precision, "models": models,
+    "training": training, "flips": flips, "precision": precision, "training_speed": training_speed, "models": models,
     "confidence": confidence, "agreement": agreement, "above": above, "quality": quality,
     "instances": instances, "floods": floods, "average": average,
     "slide_growth": slide_growth, "slide_seams": slide_seams, "slide_beside": slide_beside,

@@ -25,10 +25,11 @@ import robustness
 from nuguide import zoo
 from nuguide.evaluate import interval, paired, read_scores
 from nuguide.experiments.specs import experiment
-from nuguide.experiments.tables import curves, markdown, only, results
+from nuguide.experiments.tables import curves, differences, markdown, only, results
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
+EARLIER = RESULTS / "earlier"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(zoo.MODELS.glob(f"*/{zoo.CARD}")))
 RESULTS_OF = {"small": "default", "small-unguided": "unguided"}      # result files not called as the model is
 SETS = {
@@ -450,6 +451,31 @@ def noise() -> str:
     return "\n".join(lines)
 
 
+def lead() -> str:
+    """NuInsSeg: guided arms minus the unguided one after 200 steps and after 600."""
+    chosen = experiment("table3")
+    rows = {steps: only(results(folder, chosen), set="nuinsseg") for steps, folder in
+            ((200, EARLIER / "experiments_200"), (600, RESULTS / "experiments"))}
+    apart = {steps: differences(table, chosen).set_index(["arm", "metric"]) for steps, table in rows.items()}
+    lines = ["| arm | steps | images | Dice | AJI | PQ | Dice, fold by fold |", "|---" * 7 + "|"]
+    for arm in chosen.arms:
+        for steps, table in apart.items():
+            if arm.name in table.index.get_level_values("arm"):
+                one, other = (only(rows[steps], arm=name) for name in (arm.name, chosen.reference))
+                folds = [
+                    np.subtract(*(only(part, fold=fold)["dice"].to_numpy().mean() for part in (one, other)))
+                    for fold in sorted(set(one["fold"]))
+                ]
+                images = len(set(one["id"]) & set(other["id"]))
+                cells = []
+                for metric in ("dice", "aji", "pq"):
+                    row = table.loc[(arm.name, metric)]
+                    cells.append(f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})")
+                cells.append(", ".join(f"{value:+.3f}" for value in folds))
+                lines.append(f"| {arm.title} | {steps} | {images} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def levelling() -> str:
     """How far loss and validation Dice of each arm still moved at its end: 2 of 10 epochs, 1 of 6; mean over folds."""
     lines = ["| set | arm | loss: fall in all | at the end | validation Dice: change at the end |",
@@ -561,7 +587,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "robustness": robust, "robustness_limits": robust_limits,
     "experiments": experiments, "cross_validated": cross_validated, "further": further,
     "errors": errors, "gaps": gaps, "stain": stain,
-    "operations": operations, "noise": noise, "levelling": levelling,
+    "operations": operations, "noise": noise, "lead": lead, "levelling": levelling,
 }
 
 

@@ -39,12 +39,12 @@ SETS = {
     "monuseg": "MoNuSeg, never trained on",
 }
 FURTHER = {"dsb_he": "DSB2018, its stained images, never trained on"}       # not scored in everything that SETS are
-AIMS = {       # file of scores: title, and Dice, AJI and PQ to reach
-    "default.val": {"tnbc": ("TNBC, slides held out", 0.83, 0.65, 0.62)},
-    "default.cryonuseg": {"cryonuseg": ("CryoNuSeg, never trained on", 0.79, 0.541, 0.509)},
-    "default.monuseg": {"monuseg": ("MoNuSeg, never trained on", 0.80, 0.58, 0.54)},
-    "cv.cryonuseg": {"cryonuseg": ("CryoNuSeg in cross-validation", 0.82, 0.58, 0.55)},
-}
+AIMS = (        # file of scores, set, title, and Dice, AJI and PQ to reach
+    ("default.val", "tnbc", "TNBC, slides held out", 0.83, 0.65, 0.62),
+    ("default.cryonuseg", "cryonuseg", "CryoNuSeg, never trained on", 0.79, 0.541, 0.509),
+    ("default.monuseg", "monuseg", "MoNuSeg, never trained on", 0.80, 0.58, 0.54),
+    ("cv.cryonuseg", "cryonuseg", "CryoNuSeg in cross-validation", 0.82, 0.58, 0.55),
+)
 METRICS = {"dice": "Dice", "aji": "AJI", "pq": "PQ", "dice_weighted": "weighted F1"}
 BESIDE = {
     "annotator2": "CryoNuSeg: second annotator",
@@ -89,13 +89,11 @@ def aims() -> str:
     """What the default model was to reach, and how far it is from there."""
     lines = ["| set | aim: Dice | AJI | PQ | reached: Dice | AJI | PQ | reached minus aim: Dice | AJI | PQ |",
              "|---" * 10 + "|"]
-    for file, sets in AIMS.items():
-        for name, (title, *aimed) in sets.items():
-            rows = of_set(read_scores(RESULTS / f"{file}.json"), name)
-            reached = [rows[metric].mean() for metric in ("dice", "aji", "pq")]
-            cells = [f"{aim:.3f}" for aim in aimed] + [f"{value:.3f}" for value in reached]
-            cells += [f"{value - aim:+.3f}" for value, aim in zip(reached, aimed, strict=True)]
-            lines.append(f"| {title} | {' | '.join(cells)} |")
+    for file, name, title, *aimed in AIMS:
+        rows = of_set(read_scores(RESULTS / f"{file}.json"), name)
+        reached = [rows[metric].mean() for metric in ("dice", "aji", "pq")]
+        apart = [f"{value - aim:+.3f}" for value, aim in zip(reached, aimed, strict=True)]
+        lines.append(f"| {title} | {' | '.join([*(f'{value:.3f}' for value in (*aimed, *reached)), *apart])} |")
     return "\n".join(lines)
 
 

@@ -173,7 +173,7 @@ def test_a_result_tells_how_it_was_made_and_scores_the_test_images_alone(ran: Pa
 def test_a_second_call_runs_only_what_is_missing(ran: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[Path] = []
 
-    def fit(train, val, out: Path, options, progress: bool) -> Path:
+    def fit(train, val, out: Path, options, progress: bool, workers: None) -> Path:
         trained.append(out)
         return ran / "cryonuseg" / "fold1" / "cross" / "model"
 

@@ -20,7 +20,7 @@ from nuguide.calibrate import calibrate
 from nuguide.callbacks import KeepModel, note_epoch
 from nuguide.datasets import Dataset, Entry
 from nuguide.guides import FrozenGuide, load_guide
-from nuguide.loaders import loaders, training_pictures
+from nuguide.loaders import loaders, training_pictures, worker_count
 from nuguide.losses import dice_focal
 from nuguide.metrics import dice
 from nuguide.networks import fold_batch_norm
@@ -285,6 +285,28 @@ def test_deep_supervision_counts_each_level_half_of_the_finer_one(monkeypatch: p
         monkeypatch.setattr(training, "log", lambda *_, **__: None)
         losses.append(float(training.training_step(Batch(torch.zeros(1, 3, 4, 4), target, None), 0)["loss"]))
     assert losses == pytest.approx([whole * 16 / 31, whole / 31], rel=1e-4)
+
+
+def test_patches_drawn_ahead_by_two_processes_give_the_very_same_model(tmp_path: Path) -> None:
+    options = dataclasses.replace(TINY, fusion="none", epochs=2, gap_weight=5.0)
+    for workers in (0, 2):
+        fit(drawn(0, 1), drawn(2), tmp_path / str(workers), options, progress=False, workers=workers)
+    alone, ahead = (weights(tmp_path / name) for name in "02")
+    assert all(torch.equal(alone[name], value) for name, value in ahead.items())
+
+
+def test_a_gpu_gets_processes_that_draw_for_it_a_cpu_none_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [worker_count(None, TINY, cpu), worker_count(3, TINY, cpu), worker_count(0, TINY, gpu)] == [0, 3, 0]
+    assert [worker_count(None, TINY, gpu, devices) for devices in (1, 4, 16)] == [8, 3, 0]     # 15, 3 and 0 to spare
+    for own in ({"latents": "cached"}, {"hard": 1.0}):
+        options = dataclasses.replace(TINY, **own)
+        assert worker_count(None, options, gpu) == worker_count(0, options, gpu) == 0
+        with pytest.raises(UserError, match="--workers 2 does not go with .*leave it out"):
+            worker_count(2, options, gpu)
+    with pytest.raises(UserError, match="0 or more, not -1"):
+        worker_count(-1, TINY, gpu)
 
 
 def test_gaps_weigh_in_the_loss_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,9 @@ class Patches(Dataset):
         self.pictures, self.patch_px, self.seed, self.around, self.factors = pictures, patch_px, seed, around, factors
         self.how = how if factors is None else replace(how, scale=(1.0, 1.0))
         self.weights = drawing_weights([picture.group for picture in pictures], balance)
-        self.guide, self.cache, self.pool, self.gap_weight = guide, cache, pool, gap_weight
+        self.cache, self.pool, self.gap_weight = cache, pool, gap_weight
+        self.guide = None if cache is None else guide           # what draws ahead, in another process, needs none
+        self.fill = MEAN if guide is not None and guide.scale == "region" else None
 
     def __getitem__(self, index: int) -> Patch:
         number, rng = self._drawn(index)
@@ -159,9 +161,8 @@ class Patches(Dataset):
             drawn = resized(drawn, math.exp(rng.uniform(*np.log(self.factors))))
         latent = None
         if self.cache is None:
-            fill = MEAN if self.guide is not None and self.guide.scale == "region" else None
             image, labels = augment(
-                drawn.image_rgb, drawn.taught, self.patch_px, rng, self.how, self.around, fill, MARGIN_PX
+                drawn.image_rgb, drawn.taught, self.patch_px, rng, self.how, self.around, self.fill, MARGIN_PX
             )
         else:
             assert self.guide is not None

@@ -247,6 +247,7 @@ def train(
     split_seed: int = 0,
     devices: int = 1,
     nodes: int = 1,
+    workers: int | None = None,
 ) -> int:
     """Train a model on annotated images.
 
@@ -266,6 +267,8 @@ def train(
             as all images are.
         devices: Processes that share each batch on this machine, one for each GPU; on a CPU, one for each few cores.
         nodes: Machines that do, with the same command started on each by SLURM (srun) or torchrun, and one disk.
+        workers: Processes that draw patches ahead, for each that trains. Where not given, none on a CPU, whose cores
+            are at work anyway, and for a GPU as many as there are cores to spare, 8 at the most.
     """
     from .datasets.splits import hold_out
 
@@ -292,7 +295,7 @@ def train(
         note_split(out, training, validation)
         print(f"{sum(map(len, training))} images to train on, {sum(map(len, validation))} to validate on")
     try:
-        folder = fit(training, validation, out, options, devices=devices, nodes=nodes)
+        folder = fit(training, validation, out, options, devices=devices, nodes=nodes, workers=workers)
     except SystemExit as error:                       # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from error
     if not leads():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ from .together import Share, Stretch
 from .types import UserError
 
 LATENTS_MAX_BYTES = 8 * 2**30
+MOST_WORKERS = 8            # that are started unasked: a batch of 8 patches takes one core about a tenth of a second
 
 
 class Held(NamedTuple):
@@ -37,11 +40,15 @@ class Held(NamedTuple):
 
 def loaders(
     train: list[Picture], val: list[Picture], out: Path, guide: FrozenGuide | None, options: TrainOptions,
-    processes: int = 1,
+    processes: int = 1, workers: int = 0,
 ) -> tuple[DataLoader, DataLoader]:
     """Batches to train on, drawn anew in every epoch, and whole images to validate on; of each this process's share.
 
     Of several data sets to validate on each counts alike, however many images it has.
+
+    Args:
+        workers: processes that draw the patches of this one, ahead of the steps; 0 draws them here, in between. They
+            change nothing of what is drawn.
     """
     cache = pool = None
     if guide is not None and options.latents == "cached":
@@ -64,12 +71,39 @@ def loaders(
     sets = Counter(drawn.group.partition("/")[0] for drawn in val)
     held = [(drawn, 1 / sets[drawn.group.partition("/")[0]]) for drawn in val]
     steps = options.steps_per_epoch or math.ceil(len(train) / options.batch)
+    ahead = {"num_workers": workers, "persistent_workers": True, "worker_init_fn": alone} if workers else {}
     return (
         DataLoader(
-            patches, batch_size=options.batch // processes, sampler=Stretch(steps, options.batch), collate_fn=collate
+            patches, batch_size=options.batch // processes, sampler=Stretch(steps, options.batch), collate_fn=collate,
+            **ahead,
         ),
         DataLoader(held, 1, sampler=Share(len(held)), collate_fn=one_image),  # pyright: ignore[reportArgumentType]
     )
+
+
+def alone(_worker: int) -> None:
+    """Keep a drawing process to one core; OpenCV's threads do not outlive a fork."""
+    cv2.setNumThreads(1)
+
+
+def worker_count(asked: int | None, options: TrainOptions, device: torch.device, devices: int = 1) -> int:
+    """How many processes draw patches for each one that trains; where not asked, as many as keep a GPU busy.
+
+    Args:
+        asked: None where the user did not say. devices: processes that train on this machine.
+
+    Raises:
+        UserError: fewer than none are asked for, or some where patches depend on what this process knows.
+    """
+    here = "cached latents" if options.latents == "cached" else "--hard" if options.hard else None
+    if asked is None:
+        spare = (os.cpu_count() or 1) // devices - 1
+        return 0 if device.type == "cpu" or here else max(min(spare, MOST_WORKERS), 0)
+    if asked < 0:
+        raise UserError(f"--workers must be 0 or more, not {asked}")
+    if asked and here:
+        raise UserError(f"--workers {asked} does not go with {here}, which one process alone keeps; leave it out")
+    return asked
 
 
 def training_pictures(

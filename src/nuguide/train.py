@@ -27,7 +27,7 @@ from .callbacks import HardExamples, KeepModel, WeightAverage
 from .datasets import Dataset
 from .guides import CELLS_PX, FrozenGuide
 from .latents import RegionLatents
-from .loaders import Held, loaders, pictures_of, semantic_only, training_pictures
+from .loaders import Held, loaders, pictures_of, semantic_only, training_pictures, worker_count
 from .losses import dice_focal, focal_loss
 from .machine import choose_device, choose_precision, keep_freed_memory
 from .metrics import dice
@@ -43,7 +43,7 @@ RESUME = "last.ckpt"
 EXPECTED = {
     r"Checkpoint directory .* exists and is not empty": "OUT holds the other files of the run",
     r".*isinstance\(treespec, LeafSpec\).* is deprecated": "Lightning's own use of torch",
-    r".*does not have many workers": "patches are drawn in this process, where the guide and the cache are",
+    r".*does not have many workers": "--workers decides; on a CPU all cores are at work anyway",
     r"GPU available but not used": "the user said --device cpu",
 }
 
@@ -153,6 +153,7 @@ def fit(
     progress: bool = True,
     devices: int = 1,
     nodes: int = 1,
+    workers: int | None = None,
 ) -> Path:
     """Train a model; returns the folder OUT/model of the epoch with the best validation Dice.
 
@@ -165,6 +166,7 @@ def fit(
         devices, nodes: processes on each machine, and machines, that share every batch: one for a GPU each, or on CPUs.
             Those that this process does not find running it starts, by the command line that it was started with. Only
             the leading one (`together.leads`) writes and returns a calibrated model.
+        workers: see `loaders.worker_count`; they change nothing of the result.
     Raises:
         UserError: OUT holds a run with other options or cannot be written, a data set is empty, an option names
             something that there is not, or the loss ceases to be finite.
@@ -184,7 +186,9 @@ def fit(
     last = prepare_folder(out, options, resume)
     pictures = training_pictures(train, options, stain)
     unseen = pictures_of(val, options.mpp, options.exposure, stain)
-    loader, held = loaders(pictures, unseen, out, guide, options, processes)
+    loader, held = loaders(
+        pictures, unseen, out, guide, options, processes, worker_count(workers, options, device, devices)
+    )
     kept = [KeepModel(out, spec, options.deep_supervision, options.keep)]
     with lightning_quiet():
         callbacks = [*kept, *callbacks_of(options, loader.dataset)]

@@ -60,6 +60,7 @@ class Plan:
         folds: how many, grouped. only_folds: if any, these alone. arms: if any, these alone, by name.
         budget: factor on the steps of `base`. epochs: at the most, of the same steps in all: what is between them
             (validation, checkpoint) takes longer than a few steps on a small set.
+        workers: that draw patches ahead, see `loaders.worker_count`.
         split: "grouped", or "own" for the one division that belongs to a data set (`splits.OWN_SPLITS`).
     """
 
@@ -71,6 +72,7 @@ class Plan:
     budget: float = 1.0
     split: str = "grouped"
     epochs: int | None = None
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         if not self.budget > 0:
@@ -248,7 +250,7 @@ def run_arm(
     begun = (place / arm.name / RESUME).is_file()
     start = time.perf_counter()
     train, val = ([dataset.subset(part)] for part in (fold.train, fold.val))
-    model = fit(train, val, place / arm.name, options, progress=progress)
+    model = fit(train, val, place / arm.name, options, progress=progress, workers=plan.workers)
     trained_s = time.perf_counter() - start
     scores = evaluate(load(model, device=options.device, precision="fp32"), dataset.subset(fold.test))
     write_scores(result, scores, {

@@ -15,11 +15,12 @@ from nuguide.fusion import (
     ChannelGate,
     Concat,
     Cross,
+    FinerGuidance,
     Guided,
     at_grid,
     bands,
     build_fusion,
-    feature_channels,
+    feature_shapes,
     level_gates,
 )
 from nuguide.latents import pooled
@@ -222,10 +223,61 @@ def test_guided_returns_the_list_of_a_deeply_supervised_network_in_training() ->
 
 
 def test_the_features_of_every_network_are_counted() -> None:
-    assert feature_channels(build_network("unet", 2, width=3).train()) == [3, 6, 12, 24, 48]
+    each = [(3, 1), (6, 2), (12, 4), (24, 8), (48, 16)]                   # channels and stride
+    assert feature_shapes(build_network("unet", 2, width=3).train()) == each
     matched = build_network("eunet3plus", 2, width=4, match_width=True)
-    assert feature_channels(matched) == [3, 6, 12, 24, 48]                # round(4 / sqrt 2) = 3
+    assert feature_shapes(matched) == each                                # round(4 / sqrt 2) = 3
     assert matched.training
+
+
+def with_finer(seed: int = 0) -> tuple[Guided, Tensor, Tensor]:
+    """A U-Net (strides 1, 2, 4, 8, 16) and a guide that says 5 things at stride 8 and 3 at stride 4; an input of it."""
+    torch.manual_seed(seed)
+    net = build_network("unet", 2, width=2)
+    finer = FinerGuidance([1, 2, 4, 8, 16], [2, 4, 8, 16, 32], [(5, 2), (3, 4)])
+    model = Guided(net, build_fusion("concat", 32, G), finer=finer)
+    return model.eval(), 255 * torch.rand(1, 3, 64, 96), normal(1, G + 4 * 5 + 16 * 3, 4, 6)
+
+
+def test_finer_features_come_out_of_a_latent_as_they_were_packed_in() -> None:
+    model, _, _ = with_finer()
+    assert model.finer is not None
+    own, eighth, fourth = normal(2, G, 4, 6), normal(2, 5, 8, 12), normal(2, 3, 16, 24)
+    pack = nn.functional.pixel_unshuffle
+    rest, found = model.finer.unpacked(torch.cat([own, pack(eighth, 2), pack(fourth, 4)], dim=1))
+    assert torch.equal(rest, own)
+    assert [torch.equal(*pair) for pair in zip(found, (eighth, fourth), strict=True)] == [True, True]
+
+
+def test_finer_features_are_concatenated_with_those_of_their_stride_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, image, latent = with_finer()
+    seen: list[list[Tensor]] = []
+    monkeypatch.setattr(model.network, "decode", lambda features: seen.append(features) or features[0])
+    model(image, latent)
+    plain = model.network.encode(image)
+    assert model.finer is not None
+    rest, (eighth, fourth) = model.finer.unpacked(latent)
+    same = [torch.equal(found, before) for found, before in zip(seen[0], plain, strict=True)]
+    assert same == [True, True, False, False, False]
+    for level, block, guidance in ((3, 0, eighth), (2, 1, fourth)):
+        torch.testing.assert_close(seen[0][level], model.finer.blocks[block](plain[level], guidance))
+    torch.testing.assert_close(seen[0][4], model.fusion(plain[4], rest))
+
+
+def test_a_place_of_a_finer_feature_is_heard_around_itself() -> None:
+    """One value in one of the 4 x 4 places of a cell; two convolutions each at strides 4, 2 and 1 and two enlargements
+    carry it 20 px."""
+    model, image, latent = with_finer()
+    other = latent.clone()
+    other[0, -1, 1, 1] += 100                            # the last place of the cell in row 1, column 1: y, x 28 to 31
+    moved = (model(image, other) - model(image, latent)).abs().amax((0, 1)).nonzero()
+    assert len(moved)
+    assert (moved.min(), moved.max()) == (28 - 20, 31 + 20)
+
+
+def test_a_network_without_features_of_the_stride_is_refused() -> None:
+    with pytest.raises(ValueError, match="no features of stride 4"):
+        FinerGuidance([1, 2, 8, 16], [2, 4, 16, 32], [(5, 2), (3, 4)])
 
 
 def test_gates_at_every_level_scale_each_channel_of_the_finer_features() -> None:

@@ -19,6 +19,7 @@ from nuguide.guides.fitting import MEAN
 from nuguide.networks import fold_batch_norm
 from nuguide.types import Sample, UserError
 
+EFFICIENTNETS = ["efficientnet_lite0", "efficientnet_lite0_pyramid"]      # whose weights are always there
 SMALL_PX = {"dinov2_small": 224, "mobile_sam": 256}                     # to be quick
 CATS = {281: "tabby", 282: "tiger cat", 285: "Egyptian cat"}
 
@@ -543,9 +544,9 @@ def test_weights_that_are_nowhere_are_an_error_with_a_remedy(tmp_path: Path, mon
     assert "https://github.com/computational-cell-analytics/patho-sam" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["tiny", "efficientnet_lite0", "dinov2_small", "mobile_sam"])
+@pytest.mark.parametrize("name", ["tiny", *EFFICIENTNETS, "dinov2_small", "mobile_sam"])
 def test_a_guide_is_frozen(name: str, tiny: str, image: Tensor):
-    guide = load_guide(name, None if name == "efficientnet_lite0" else "random:0", SMALL_PX.get(name))
+    guide = load_guide(name, None if name in EFFICIENTNETS else "random:0", SMALL_PX.get(name))
     before = guide(image)
     wrapper = nn.Sequential(guide)
     wrapper.train()
@@ -559,7 +560,7 @@ def test_a_guide_is_frozen(name: str, tiny: str, image: Tensor):
         guide(image[:, :1])
 
 
-@pytest.mark.parametrize("name", ["tiny", "efficientnet_lite0", "dinov2_small", "mobile_sam"])
+@pytest.mark.parametrize("name", ["tiny", *EFFICIENTNETS, "dinov2_small", "mobile_sam"])
 def test_random_weights_are_a_seeded_control(
     name: str, tiny: str, image: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -575,6 +576,28 @@ def test_random_weights_are_a_seeded_control(
     assert 0.1 < latent.std() < 10                                             # a signal of ordinary size
     assert latent.std(dim=(2, 3)).median() > 0.05                              # that depends on the place
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("size", [(256, 192), (33, 100), (1, 17)])
+def test_the_pyramid_adds_the_features_at_strides_8_and_4_packed_into_cells_of_16(
+    efficientnet: FrozenGuide, size: tuple[int, int]
+):
+    """Of one and the same network: 40 channels at stride 8 in 2 x 2 places a cell, 24 at stride 4 in 4 x 4."""
+    pyramid, image = load_guide("efficientnet_lite0_pyramid"), 255 * torch.rand(1, 3, *size)
+    assert pyramid.weights_id == efficientnet.weights_id
+    assert pyramid.spec.finer == ((40, 2), (24, 4))
+    latent = pyramid(image)
+    height, width = latent.shape[2:]
+    assert latent.shape == (1, 432 + 4 * 40 + 16 * 24, -(-size[0] // 16), -(-size[1] // 16))
+    assert torch.equal(latent[:, :432], efficientnet(image))
+    network = pyramid.network
+    assert isinstance(network, guides.efficientnet.EfficientNetLite0)
+    eighth, fourth = network.features(image, 4, 2)
+    assert [x.shape[1] for x in (eighth, fourth)] == [40, 24]
+    for x, packed, times in ((eighth, latent[:, 432:592], 2), (fourth, latent[:, 592:], 4)):
+        found = nn.functional.pixel_shuffle(packed, times)
+        assert found.shape[2:] == (times * height, times * width)
+        assert torch.equal(found[..., : x.shape[2], : x.shape[3]], x)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nuguide.fusion import Guided, build_fusion
+from nuguide.fusion import FinerGuidance, Guided, build_fusion, feature_shapes
 from nuguide.networks import build_network
 from nuguide.widen import widen
 
@@ -19,9 +19,16 @@ def unguided(width: int, name: str = "eunet3plus", **options) -> nn.Module:
 
 
 def guided(width: int, fusion: str = "cross") -> nn.Module:
+    """With the fusion "pyramid", concatenated, and of the guide's channels one at stride 8, too, four places a cell."""
     torch.manual_seed(width)
     network = build_network("eunet3plus", 2, width=width)
-    model = Guided(network, build_fusion(fusion, network.bottleneck_channels, GUIDE_CHANNELS))
+    finer = None
+    if fusion == "pyramid":
+        channels, strides = zip(*feature_shapes(network), strict=True)
+        finer = FinerGuidance(strides, channels, [(1, 2)])
+    own = GUIDE_CHANNELS - (4 if finer else 0)
+    name = "concat" if finer else fusion
+    model = Guided(network, build_fusion(name, network.bottleneck_channels, own), finer=finer)
     for parameter in model.fusion.parameters():
         nn.init.normal_(parameter, std=0.3)             # its output starts at zero otherwise
     return model
@@ -49,7 +56,7 @@ def test_a_wider_network_begins_with_the_same_logits(name: str, factor: int) -> 
     assert sum(p.numel() for p in wide.parameters()) > 0.9 * factor**2 * sum(p.numel() for p in narrow.parameters())
 
 
-@pytest.mark.parametrize("fusion", ["cross", "concat"])
+@pytest.mark.parametrize("fusion", ["cross", "concat", "pyramid"])
 def test_a_guided_network_keeps_what_the_guide_tells_it(fusion: str) -> None:
     narrow = used(guided(4, fusion), IMAGE, LATENT)
     wide = widen(narrow, guided(8, fusion)).eval()

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import confidence
-from .fusion import LEVELS, Guided, build_fusion, level_gates
-from .guides import FrozenGuide, load_guide
+from .fusion import LEVELS, FinerGuidance, Guided, build_fusion, feature_shapes, level_gates
+from .guides import GUIDES, FrozenGuide, load_guide
 from .instances import CHANNELS, Separation
 from .networks import build_network
 from .normalize import StainNormalizer
@@ -74,11 +74,17 @@ def build(spec: ModelSpec, guide_channels: int | None = None) -> nn.Module:
         return network
     if guide_channels is None:
         raise ValueError("a guided network needs the channels of its guide's latent")
+    finer = None
+    if spec.guide is not None and GUIDES[spec.guide].finer:
+        about = GUIDES[spec.guide]
+        channels, strides = zip(*feature_shapes(network), strict=True)
+        finer = FinerGuidance(strides, channels, about.finer, about.stride)
+        guide_channels -= sum(wide * times**2 for wide, times in about.finer)
     fusion = build_fusion(spec.fusion, network.bottleneck_channels, guide_channels, **spec.fusion_options)
     if spec.levels not in LEVELS:
         raise ValueError(f"unknown levels {spec.levels!r}; choose from {', '.join(LEVELS)}")
     gates = level_gates(network, guide_channels) if spec.levels == "all" else []
-    return Guided(network, fusion, spec.latent_dropout, gates)
+    return Guided(network, fusion, spec.latent_dropout, gates, finer)
 
 
 def save(folder: Path, model: nn.Module, spec: ModelSpec, dtype: torch.dtype = torch.float32) -> Path:

@@ -1,5 +1,8 @@
 """Fusing a network's deepest features with a foundation model's latent, and `Guided`, the network that does it.
 
+A guide whose latent holds finer features too (`GuideSpec.finer`) has each of them concatenated with the task's features
+of the same stride, whatever the block (`FinerGuidance`).
+
 Notation: t (B, T, H, W) are the task network's features, g (B, G, h, w) the guide's latent, which `Guided` has `halved`
 where it is finer, and which `at_grid` brings to the task's grid where a block needs both on one. S(x) is the mean of x
 over its pixels, [a; b] stacks channels, W are learned 1x1 maps, * multiplies channel by channel, and
@@ -8,7 +11,7 @@ Attn(q, k, v) = softmax(q' k / sqrt(d)) v over the pixels as tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -203,25 +206,55 @@ def build_fusion(name: str, task_channels: int, guide_channels: int, **options) 
 LEVELS = ("bottleneck", "all")
 
 
-def feature_channels(network: SegmentationNetwork) -> list[int]:
-    """The channels of each of a network's features, from finest to coarsest."""
+def feature_shapes(network: SegmentationNetwork) -> list[tuple[int, int]]:
+    """(channels, stride) of each of a network's features, from finest to coarsest."""
     training = network.training
     side = 2 * network.stride
     with torch.no_grad():
         features = network.eval().encode(torch.zeros(1, 3, side, side))
     network.train(training)
-    return [feature.shape[1] for feature in features]
+    return [(feature.shape[1], side // feature.shape[-1]) for feature in features]
 
 
 def level_gates(network: SegmentationNetwork, guide_channels: int, gate: str = "glu") -> list[nn.Module]:
     """A `ChannelGate` for each of a network's features but the deepest (the published code's advanced option)."""
-    return [ChannelGate(channels, guide_channels, gate) for channels in feature_channels(network)[:-1]]
+    return [ChannelGate(channels, guide_channels, gate) for channels, _ in feature_shapes(network)[:-1]]
+
+
+class FinerGuidance(nn.Module):
+    """A `Concat` for each of the finer features that a guide's latent holds, with the task's of the same stride.
+
+    Args:
+        strides, channels: of the network's features, from the finest. base: stride of the latent.
+        finer: of `GuideSpec`: channels of each of the guide's finer features, and how many times finer they are.
+    Raises:
+        ValueError: the network has no features of such a stride.
+    """
+
+    def __init__(
+        self, strides: Sequence[int], channels: Sequence[int], finer: Sequence[tuple[int, int]], base: int = 16
+    ):
+        super().__init__()
+        self.finer = tuple(finer)
+        if missing := [base // times for _, times in finer if base // times not in strides[:-1]]:
+            raise ValueError(f"the network has no features of stride {missing[0]}, at which the guide has some")
+        self.levels = [strides.index(base // times) for _, times in finer]
+        self.blocks = nn.ModuleList(
+            Concat(channels[level], wide) for level, (wide, _) in zip(self.levels, finer, strict=True)
+        )
+
+    def unpacked(self, latent: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(B, C, h, w) -> the latent without what is packed in it, and that: (B, channels, times h, times w) each."""
+        sizes = [wide * times**2 for wide, times in self.finer]
+        rest, *packed = latent.split([latent.shape[1] - sum(sizes), *sizes], dim=1)
+        return rest, [F.pixel_shuffle(x, times) for x, (_, times) in zip(packed, self.finer, strict=True)]
 
 
 class Guided(nn.Module):
     """Any encode/decode network, its deepest features fused with a foundation model's latent.
 
     Args:
+        finer: for a guide whose latent holds finer features, too: fuses them with the network's own.
         gates: for the finer features, from the finest: each becomes gate(t, g) * t; none where empty.
         latent_dropout: probability, while training, of dropping a channel of the latent, so that the network does not
             come to lean on what the guide says of the few tissues it was trained on.
@@ -233,17 +266,23 @@ class Guided(nn.Module):
         fusion: nn.Module,
         latent_dropout: float = 0.0,
         gates: Iterable[nn.Module] = (),
+        finer: FinerGuidance | None = None,
     ):
         super().__init__()
         self.network = network
         self.fusion = fusion
         self.gates = nn.ModuleList(gates)
+        self.finer = finer
         self.latent_dropout = nn.Dropout2d(latent_dropout)
 
     def forward(self, image: Tensor, latent: Tensor) -> Tensor:
         """Logits (B, classes, H, W) of an image (B, 3, H, W), RGB 0..255, and its latent (B, C, h, w)."""
         height, width = image.shape[-2:]
         features = self.network.encode(pad_to_stride(image, self.network.stride))
+        if self.finer is not None:
+            latent, finer = self.finer.unpacked(latent)
+            for level, block, guidance in zip(self.finer.levels, self.finer.blocks, finer, strict=True):
+                features[level] = block(features[level], self.latent_dropout(guidance))
         latent = halved(latent, *features[-1].shape[-2:])
         latent = self.latent_dropout(latent)
         for level, gate in enumerate(self.gates):

@@ -27,7 +27,8 @@ class TrainOptions:
         levels: bottleneck fuses the guide with the deepest features alone; all lets it gate the finer ones as well.
         latent_dropout: share of the latent's channels that are dropped while training.
         guide: efficientnet_lite0, sam_vit_b, sam_vit_l, sam_vit_h, mobile_sam, medsam, pathosam, dinov2_small or
-            dinov2_base.
+            dinov2_base; or efficientnet_lite0_pyramid, whose features at strides 8 and 4 come in as well, each
+            concatenated with the network's own of that stride.
         guide_weights: a file, or random:SEED for the control without knowledge; else the published ones.
         guide_px: side to which a patch is resized for the guide; the guide's own where not given.
         guide_scale: tile brings each patch to the guide's size, as in the papers; region lets the guide see the patch

@@ -201,8 +201,8 @@ def encodings(
     Args:
         images: Image files.
         to: The PNG file to write.
-        guides: Names of guides: efficientnet_lite0, sam_vit_b, sam_vit_l, sam_vit_h, mobile_sam,
-            medsam, pathosam, dinov2_small, dinov2_base.
+        guides: Names of guides: efficientnet_lite0, efficientnet_lite0_pyramid, sam_vit_b, sam_vit_l, sam_vit_h,
+            mobile_sam, medsam, pathosam, dinov2_small, dinov2_base.
     """
     from ..guides import load_guide
     from ..images import read_image

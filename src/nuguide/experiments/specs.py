@@ -82,7 +82,7 @@ GUIDED = Arm("x_gfb", "eU-Net3+ guided, X-GFB", {"network": "eunet3plus"}, guide
 
 
 def _fusion(name: str, title: str, **options) -> Arm:
-    return Arm(name, title, {"network": "eunet3plus", "fusion": name.removesuffix("_random"), **options}, guided=True)
+    return Arm(name, title, {"network": "eunet3plus", "fusion": name.partition("_")[0], **options}, guided=True)
 
 
 def _guide(name: str, title: str, **options) -> Arm:
@@ -136,6 +136,7 @@ EXPERIMENTS = {
             (
                 UNGUIDED,
                 _fusion("concat", "guided, concatenated"),
+                _fusion("concat_pyramid", "guided, concatenated at three levels", guide="efficientnet_lite0_pyramid"),
                 GUIDED,
                 _fusion("efb", "guided, EFB"),
                 _fusion("cross", "guided, cross-attention (ours)"),
@@ -145,6 +146,10 @@ EXPERIMENTS = {
                 ),
                 _fusion("cross_random", "guided, cross-attention, guide of random weights", guide_weights="random:0"),
                 _fusion("concat_random", "guided, concatenated, guide of random weights", guide_weights="random:0"),
+                _fusion(
+                    "concat_pyramid_random", "guided, concatenated at three levels, guide of random weights",
+                    guide="efficientnet_lite0_pyramid", guide_weights="random:0",
+                ),
             ),
             "eunet3plus",
             _printed({

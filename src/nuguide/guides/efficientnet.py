@@ -18,8 +18,10 @@ from ..types import UserError
 # expansion, output channels, repeats, stride of the first, kernel (EfficientNet-B0's table)
 STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5),
           (6, 192, 4, 2, 5), (6, 320, 1, 1, 3))
-BLOCK_AT_STRIDE_16 = 10        # the last block of the fifth stage; the last of all is at stride 32
+AT_STRIDE_16, LAST = 10, 15     # of the blocks: the last one of the fifth stage, and of all, at stride 32
 LATENT_CHANNELS = 112 + 320
+FINER = ((4, 40, 2), (2, 24, 4))        # the last blocks at strides 8 and 4, their channels, times finer than 16
+PYRAMID_CHANNELS = LATENT_CHANNELS + sum(channels * times**2 for _, channels, times in FINER)
 
 
 def fusible(x: Tensor) -> bool:
@@ -81,10 +83,15 @@ class EfficientNetLite0(nn.Module):
 
     The latent holds the stride-16 features (112 channels) and, enlarged bilinearly, the stride-32 features (320).
     It is computed in fp32 under autocast too: bf16 moves it by 6% and saves little.
+
+    Args:
+        pyramid: the latent has 976 channels: after those, the features at strides 8 and 4 (`FINER`), k x k places of
+            them packed into one at stride 16 (`torch.nn.functional.pixel_unshuffle`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pyramid: bool = False) -> None:
         super().__init__()
+        self.finer = FINER if pyramid else ()
         self.stem = SameConv(3, 32, 3, stride=2)
         self.blocks = nn.ModuleList()
         channels = 32
@@ -96,25 +103,29 @@ class EfficientNetLite0(nn.Module):
         self.head = SameConv(channels, 1280, 1)
         self.classifier = nn.Linear(1280, 1000)
 
-    def features(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 112, H/16, W/16) and (B, 320, H/32, W/32), sizes rounded up."""
+    def features(self, image: Tensor, *blocks: int) -> list[Tensor]:
+        """What these blocks make, in their order, at stride s (B, channels, H/s, W/s), sizes rounded up."""
         x = self.stem((image - 127) / 128)
-        middle = x
+        found = {}
         for index, block in enumerate(self.blocks):
             x = block(x)
-            if index == BLOCK_AT_STRIDE_16:
-                middle = x
-        return middle, x
+            if index in blocks:
+                found[index] = x
+        return [found[index] for index in blocks]
 
     def forward(self, image: Tensor) -> Tensor:
         with torch.autocast(image.device.type, enabled=False):
-            fine, coarse = self.features(image.float())
-        coarse = F.interpolate(coarse, fine.shape[-2:], mode="bilinear", align_corners=False)
-        return torch.cat([fine, coarse], dim=1)
+            own, coarse, *finer = self.features(image.float(), AT_STRIDE_16, LAST, *(block for block, *_ in self.finer))
+        height, width = own.shape[-2:]
+        parts = [own, F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)]
+        for x, (_, _, times) in zip(finer, self.finer, strict=True):
+            x = F.pad(x, (0, times * width - x.shape[-1], 0, times * height - x.shape[-2]), mode="replicate")
+            parts.append(F.pixel_unshuffle(x, times))
+        return torch.cat(parts, dim=1)
 
     def classify(self, image: Tensor) -> Tensor:
         """ImageNet logits (B, 1000); the network was trained at 224 px."""
-        return self.classifier(self.head(self.features(image)[1]).mean(dim=(2, 3)))
+        return self.classifier(self.head(*self.features(image, LAST)).mean(dim=(2, 3)))
 
 
 def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:

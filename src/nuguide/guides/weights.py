@@ -52,6 +52,8 @@ class GuideSpec:
         home: page of the authors, for people.
         citation: whom to cite.
         hugging_face: id of the same weights on the Hugging Face hub, whose safetensors file loads too, or None.
+        finer: of features finer than the stride that come packed at the end of the latent's channels: (their channels,
+            how many times finer), in order.
     """
 
     name: str
@@ -68,6 +70,7 @@ class GuideSpec:
     sha256: str | None = None
     bytes: int | None = None
     hugging_face: str | None = None
+    finer: tuple[tuple[int, int], ...] = ()
 
     def grid(self, image_px: int | None = None) -> int | None:
         """Rows and columns of a square image's latent, or None where they depend on the image's size."""

@@ -28,13 +28,14 @@ from nuguide.recipe import TrainOptions
 from nuguide.start import model_spec
 from nuguide.train import Training
 
+GUIDE = "efficientnet_lite0"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def measure(options: TrainOptions, rounds: int) -> dict[str, float]:
     """Median of the processor's seconds of a step in each precision."""
     keep_freed_memory()
-    guide = load_guide(options.guide).eval()
+    guide = load_guide(GUIDE).eval()
     fold_batch_norm(guide)
     model = checkpoint.build(model_spec(options, guide, [], []), guide.channels)
     training = Training(model.to(memory_format=torch.channels_last), guide, options).train()  # pyright: ignore[reportCallIssue]
@@ -65,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     asked = {name: getattr(args, name) for name in ("width", "batch", "patch_px")}
-    seconds = measure(dataclasses.replace(TrainOptions(), **asked), args.rounds)
+    seconds = measure(dataclasses.replace(TrainOptions(guide=GUIDE), **asked), args.rounds)
     print(json.dumps({
         **asked,
         "rounds": args.rounds,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nuguide import checkpoint, start
 from nuguide.fusion import (
     EFB,
     FUSIONS,
@@ -275,9 +276,18 @@ def test_a_place_of_a_finer_feature_is_heard_around_itself() -> None:
     assert (moved.min(), moved.max()) == (28 - 20, 31 + 20)
 
 
-def test_a_network_without_features_of_the_stride_is_refused() -> None:
-    with pytest.raises(ValueError, match="no features of stride 4"):
-        FinerGuidance([1, 2, 8, 16], [2, 4, 16, 32], [(5, 2), (3, 4)])
+@pytest.mark.parametrize(("strides", "levels"), [([1, 2, 8, 16], {0: 2}), ([1, 2, 4, 8], {1: 2}), ([1, 2], {})])
+def test_finer_features_that_meet_none_of_their_stride_are_left_out(strides: list[int], levels: dict) -> None:
+    finer = FinerGuidance(strides, [2, 4, 6, 8], [(5, 2), (3, 4)])       # at strides 8 and 4
+    assert finer.levels == levels
+    assert len(finer.blocks) == len(levels)
+    assert [tuple(x.shape) for x in finer.unpacked(normal(1, 6 + 20 + 48, 2, 2))[1]] == [(1, 5, 4, 4), (1, 3, 8, 8)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_takes_the_default_guide(name: str) -> None:
+    model = checkpoint.build(checkpoint.ModelSpec(name, {"width": 2}, "concat", guide=start.GUIDE), 976).eval()
+    assert model(255 * torch.rand(1, 3, 70, 100), normal(1, 976, 5, 7)).shape == (1, 2, 70, 100)
 
 
 def test_gates_at_every_level_scale_each_channel_of_the_finer_features() -> None:

@@ -26,6 +26,7 @@ from nuguide.metrics import dice
 from nuguide.networks import fold_batch_norm
 from nuguide.normalize import StainNormalizer
 from nuguide.recipe import TrainOptions
+from nuguide.start import with_guide
 from nuguide.train import RESUME, Training, fit, seen
 from nuguide.types import Sample, UserError
 from nuguide.zoo import trained_on
@@ -128,7 +129,7 @@ def test_the_best_epoch_is_kept_or_the_last_or_their_mean_even_after_a_resume(
 
 def test_the_model_says_where_it_comes_from(run: SimpleNamespace) -> None:
     spec = checkpoint.read_spec(run.model)
-    assert (spec.network, spec.fusion, spec.guide) == ("eunet3plus", "concat", "efficientnet_lite0")
+    assert (spec.network, spec.fusion, spec.guide) == ("eunet3plus", "concat", "efficientnet_lite0_pyramid")
     assert spec.guide_weights == "579344248a93"          # as the hash of the published file begins
     assert spec.mpp == 0.5
     assert spec.tile_px == 64
@@ -139,11 +140,11 @@ def test_the_model_says_where_it_comes_from(run: SimpleNamespace) -> None:
 
 
 def test_the_guide_does_not_change_and_stays_out_of_the_checkpoint(run: SimpleNamespace) -> None:
-    published = fold_batch_norm(load_guide("efficientnet_lite0").eval()).state_dict()
+    published = fold_batch_norm(load_guide("efficientnet_lite0_pyramid").eval()).state_dict()
     assert run.guide_after.keys() == published.keys()
     assert all(torch.equal(value, published[name]) for name, value in run.guide_after.items())
     saved = torch.load(run.out / RESUME, weights_only=True)["state_dict"]
-    model = checkpoint.build(checkpoint.read_spec(run.model), guide_channels=432)
+    model = checkpoint.build(checkpoint.read_spec(run.model), guide_channels=976)
     assert set(saved) == {f"model.{name}" for name in model.state_dict()}
 
 
@@ -430,10 +431,21 @@ def test_training_goes_on_from_another_models_weights(run: SimpleNamespace, tmp_
     assert not (tmp_path / "wide").exists()
 
 
+def test_a_guide_that_is_not_named_is_that_of_the_start_or_the_default(run: SimpleNamespace) -> None:
+    def chosen(**options) -> str | None:
+        return with_guide(dataclasses.replace(TINY, **options)).guide
+
+    assert chosen() == chosen(start="small-unguided") == chosen(start=str(run.model)) == "efficientnet_lite0_pyramid"
+    assert chosen(start="small") == "efficientnet_lite0"
+    assert chosen(start="small", guide="sam_vit_b") == chosen(guide="sam_vit_b") == "sam_vit_b"
+    assert json.loads((run.out / "options.json").read_text())["guide"] == "efficientnet_lite0_pyramid"
+
+
 def test_a_guide_is_added_to_a_model_without(tmp_path: Path) -> None:
     plain = dataclasses.replace(LEARNS, fusion="none", epochs=1)
     start = fit(drawn(0, 1), drawn(12), tmp_path / "plain", plain, progress=False)
-    still = dataclasses.replace(LEARNS, start=str(start), fusion="cross", epochs=1, steps_per_epoch=1, lr=1e-9)
+    still = dataclasses.replace(LEARNS, start=str(start), fusion="cross", epochs=1, steps_per_epoch=1, lr=1e-9,
+                                guide="efficientnet_lite0")
     before = checkpoint.load(start)
     image = torch.from_numpy(drawn(12)[0][0].image_rgb.copy()).permute(2, 0, 1)[None].float()
     for width in (4, 8):
@@ -488,7 +500,7 @@ def test_a_guides_weights_may_lie_in_any_file(tmp_path: Path) -> None:
     model = fit(drawn(0), drawn(2), tmp_path / "out", options, progress=False)
     with pytest.raises(UserError, match="other weights of guide efficientnet_lite0"):
         checkpoint.load(model)
-    guide = load_guide("efficientnet_lite0", tmp_path / "tuned.pth")
+    guide = load_guide("efficientnet_lite0_pyramid", tmp_path / "tuned.pth")
     assert checkpoint.load(model, guide)[1] is guide
     predictor = nuguide.load(model, guide_weights=tmp_path / "tuned.pth")
     assert predictor.guide is not None

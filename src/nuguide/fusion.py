@@ -224,11 +224,11 @@ def level_gates(network: SegmentationNetwork, guide_channels: int, gate: str = "
 class FinerGuidance(nn.Module):
     """A `Concat` for each of the finer features that a guide's latent holds, with the task's of the same stride.
 
+    Those that are no finer than the task's deepest features, or meet none of their stride, are left out.
+
     Args:
         strides, channels: of the network's features, from the finest. base: stride of the latent.
         finer: of `GuideSpec`: channels of each of the guide's finer features, and how many times finer they are.
-    Raises:
-        ValueError: the network has no features of such a stride.
     """
 
     def __init__(
@@ -236,12 +236,9 @@ class FinerGuidance(nn.Module):
     ):
         super().__init__()
         self.finer = tuple(finer)
-        if missing := [base // times for _, times in finer if base // times not in strides[:-1]]:
-            raise ValueError(f"the network has no features of stride {missing[0]}, at which the guide has some")
-        self.levels = [strides.index(base // times) for _, times in finer]
-        self.blocks = nn.ModuleList(
-            Concat(channels[level], wide) for level, (wide, _) in zip(self.levels, finer, strict=True)
-        )
+        at = [base // times for _, times in finer]
+        self.levels = {number: strides.index(stride) for number, stride in enumerate(at) if stride in strides[:-1]}
+        self.blocks = nn.ModuleList(Concat(channels[level], finer[number][0]) for number, level in self.levels.items())
 
     def unpacked(self, latent: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(B, C, h, w) -> the latent without what is packed in it, and that: (B, channels, times h, times w) each."""
@@ -281,8 +278,8 @@ class Guided(nn.Module):
         features = self.network.encode(pad_to_stride(image, self.network.stride))
         if self.finer is not None:
             latent, finer = self.finer.unpacked(latent)
-            for level, block, guidance in zip(self.finer.levels, self.finer.blocks, finer, strict=True):
-                features[level] = block(features[level], self.latent_dropout(guidance))
+            for (number, level), block in zip(self.finer.levels.items(), self.finer.blocks, strict=True):
+                features[level] = block(features[level], self.latent_dropout(finer[number]))
         latent = halved(latent, *features[-1].shape[-2:])
         latent = self.latent_dropout(latent)
         for level, gate in enumerate(self.gates):

@@ -26,9 +26,10 @@ class TrainOptions:
         fusion_options: other arguments of the fusion, as NAME VALUE pairs.
         levels: bottleneck fuses the guide with the deepest features alone; all lets it gate the finer ones as well.
         latent_dropout: share of the latent's channels that are dropped while training.
-        guide: efficientnet_lite0, sam_vit_b, sam_vit_l, sam_vit_h, mobile_sam, medsam, pathosam, dinov2_small or
-            dinov2_base; or efficientnet_lite0_pyramid, whose features at strides 8 and 4 come in as well, each
-            concatenated with the network's own of that stride.
+        guide: efficientnet_lite0, efficientnet_lite0_pyramid (whose features at strides 8 and 4 come in as well, each
+            concatenated with the network's own of that stride), sam_vit_b, sam_vit_l, sam_vit_h, mobile_sam, medsam,
+            pathosam, dinov2_small or dinov2_base. Where not given, that of `start`, and efficientnet_lite0_pyramid
+            where that has none or there is no start.
         guide_weights: a file, or random:SEED for the control without knowledge; else the published ones.
         guide_px: side to which a patch is resized for the guide; the guide's own where not given.
         guide_scale: tile brings each patch to the guide's size, as in the papers; region lets the guide see the patch
@@ -79,7 +80,7 @@ class TrainOptions:
     fusion_options: dict[str, bool | int | float | str] = field(default_factory=dict)
     levels: str = "bottleneck"
     latent_dropout: float = 0.2
-    guide: str = "efficientnet_lite0"
+    guide: str | None = None
     guide_weights: str | None = None
     guide_px: int | None = None
     guide_scale: str = "tile"

@@ -21,6 +21,16 @@ from .types import UserError
 from .widen import widen
 from .zoo import trained_on
 
+GUIDE = "efficientnet_lite0_pyramid"      # embedded, and of those the one from which a network learns most in few steps
+
+
+def with_guide(options: TrainOptions) -> TrainOptions:
+    """The options with the name of the guide: as given, that of the model to start from, or the default one."""
+    if options.guide is not None:
+        return options
+    there = None if options.start is None else checkpoint.read_spec(checkpoint.model_folder(options.start)).guide
+    return dataclasses.replace(options, guide=there or GUIDE)
+
 
 def built(
     options: TrainOptions, train: Sequence[Dataset], val: Sequence[Dataset]
@@ -30,9 +40,10 @@ def built(
     Raises:
         UserError: the options fit no model, name something that there is not, or a start that does not fit.
     """
-    guide = None
+    guide, options = None, with_guide(options)
     try:
         if options.fusion != "none":
+            assert options.guide is not None
             guide = load_guide(options.guide, options.guide_weights, options.guide_px, options.guide_scale).eval()
             fold_batch_norm(guide)
         if guide is not None and guide.scale == "region" and options.patch_px > (guide.image_px or 0):

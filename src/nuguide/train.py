@@ -33,7 +33,7 @@ from .machine import choose_device, choose_precision, keep_freed_memory
 from .metrics import dice
 from .networks.blocks import cropped, pad_to_stride
 from .recipe import TrainOptions
-from .start import built
+from .start import built, with_guide
 from .together import leads, mean_of_all, place
 from .types import UserError
 
@@ -171,7 +171,7 @@ def fit(
         UserError: OUT holds a run with other options or cannot be written, a data set is empty, an option names
             something that there is not, or the loss ceases to be finite.
     """
-    options = options or TrainOptions()
+    options = with_guide(options or TrainOptions())
     keep_freed_memory()
     cv2.setNumThreads(torch.get_num_threads())
     if not any(len(d) for d in train) or not any(len(d) for d in val):

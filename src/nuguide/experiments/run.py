@@ -177,7 +177,8 @@ def find_guides(arms: Sequence[Arm], plan: Plan) -> None:
     """See that the weights of all guides are here, before hours go into the first arm; UserError lists what is not."""
     recipes = [arm.recipe(plan.base, plan.guide) for arm in arms]
     problems = []
-    for name, weights in sorted({(o.guide, o.guide_weights) for o in recipes if o.fusion != "none"}, key=str):
+    named = {(str(o.guide), o.guide_weights) for o in recipes if o.fusion != "none"}
+    for name, weights in sorted(named, key=str):
         try:
             find_guide(name, weights)
         except (UserError, ValueError) as error:

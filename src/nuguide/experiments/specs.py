@@ -17,7 +17,7 @@ SETS = ("cryonuseg", "nuinsseg", "conic")
 # Adam 1e-4, batch 16, 50 epochs, 256 px at 0.5 microns per pixel, Dice + focal: as printed; no schedule is
 PAPER = TrainOptions(
     width=32, batch=16, epochs=50, lr=1e-4, weight_decay=1e-5, schedule="constant", patch_px=256, latent_dropout=0.0,
-    normalize_stain="macenko",
+    normalize_stain="macenko", guide="efficientnet_lite0",
 )
 
 

@@ -288,8 +288,13 @@ def test_deep_supervision_counts_each_level_half_of_the_finer_one(monkeypatch: p
     assert losses == pytest.approx([whole * 16 / 31, whole / 31], rel=1e-4)
 
 
-def test_patches_drawn_ahead_by_two_processes_give_the_very_same_model(tmp_path: Path) -> None:
+def test_patches_drawn_ahead_by_two_processes_give_the_very_same_model(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     options = dataclasses.replace(TINY, fusion="none", epochs=2, gap_weight=5.0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)            # and OpenCV as many, which a fork leaves behind
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
     for workers in (0, 2):
         fit(drawn(0, 1), drawn(2), tmp_path / str(workers), options, progress=False, workers=workers)
     alone, ahead = (weights(tmp_path / name) for name in "02")

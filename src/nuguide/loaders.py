@@ -71,6 +71,8 @@ def loaders(
     sets = Counter(drawn.group.partition("/")[0] for drawn in val)
     held = [(drawn, 1 / sets[drawn.group.partition("/")[0]]) for drawn in val]
     steps = options.steps_per_epoch or math.ceil(len(train) / options.batch)
+    if workers:
+        cv2.setNumThreads(1)        # threads do not come along with a fork, and OpenCV would wait for them for ever
     ahead = {"num_workers": workers, "persistent_workers": True, "worker_init_fn": alone} if workers else {}
     return (
         DataLoader(
@@ -82,8 +84,9 @@ def loaders(
 
 
 def alone(_worker: int) -> None:
-    """Keep a drawing process to one core; OpenCV's threads do not outlive a fork."""
-    cv2.setNumThreads(1)
+    """Keep a drawing process to one core."""
+    if cv2.getNumThreads() != 1:                       # where it was not forked, so that `loaders` has not seen to it
+        cv2.setNumThreads(1)
 
 
 def worker_count(asked: int | None, options: TrainOptions, device: torch.device, devices: int = 1) -> int:

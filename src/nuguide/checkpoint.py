@@ -79,7 +79,7 @@ def build(spec: ModelSpec, guide_channels: int | None = None) -> nn.Module:
         about = GUIDES[spec.guide]
         channels, strides = zip(*feature_shapes(network), strict=True)
         finer = FinerGuidance(strides, channels, about.finer, about.stride)
-        guide_channels -= sum(wide * times**2 for wide, times in about.finer)
+        guide_channels -= sum(finer.sizes)
     fusion = build_fusion(spec.fusion, network.bottleneck_channels, guide_channels, **spec.fusion_options)
     if spec.levels not in LEVELS:
         raise ValueError(f"unknown levels {spec.levels!r}; choose from {', '.join(LEVELS)}")

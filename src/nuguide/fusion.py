@@ -236,14 +236,14 @@ class FinerGuidance(nn.Module):
     ):
         super().__init__()
         self.finer = tuple(finer)
+        self.sizes = [wide * times**2 for wide, times in finer]         # channels of the latent that each takes
         at = [base // times for _, times in finer]
         self.levels = {number: strides.index(stride) for number, stride in enumerate(at) if stride in strides[:-1]}
         self.blocks = nn.ModuleList(Concat(channels[level], finer[number][0]) for number, level in self.levels.items())
 
     def unpacked(self, latent: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(B, C, h, w) -> the latent without what is packed in it, and that: (B, channels, times h, times w) each."""
-        sizes = [wide * times**2 for wide, times in self.finer]
-        rest, *packed = latent.split([latent.shape[1] - sum(sizes), *sizes], dim=1)
+        rest, *packed = latent.split([latent.shape[1] - sum(self.sizes), *self.sizes], dim=1)
         return rest, [F.pixel_shuffle(x, times) for x, (_, times) in zip(packed, self.finer, strict=True)]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from .debris import littered
 from .stain import restained
 
 
@@ -30,6 +31,7 @@ class Augmentation:
         blur: of half the patches, the largest standard deviation of a Gaussian blur, in pixels.
         noise: of half the patches, the largest standard deviation of Gaussian noise, of 255.
         jpeg: of half the patches, the least quality at which they are compressed; 100 for none.
+        debris: probability that part of the tissue is torn away and stained debris lies on the glass, as background.
     """
 
     rotate: bool = True
@@ -45,6 +47,7 @@ class Augmentation:
     blur: float = 0.0
     noise: float = 0.0
     jpeg: int = 100
+    debris: float = 0.0
 
 
 def augment(
@@ -81,10 +84,25 @@ def augment(
         place[beside] = place[beside].clip(0, side - 1)
     # float32 holds label values exactly up to 2^24; remap takes no int32
     found = cv2.remap(labels.astype(np.float32), x, y, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REFLECT_101)
+    found = found.astype(np.int32)
+    if how.debris and rng.random() < how.debris:
+        patch, found = littered_patch(patch, found, rng, around, margin)
     patch = degrade(recolor(patch, rng, how, around), rng, how, around)
     if fill is not None:
         patch[beyond] = np.rint(fill)
-    return patch, found.astype(np.int32)
+    return patch, found
+
+
+def littered_patch(
+    image_rgb: np.ndarray, labels: np.ndarray, rng: np.random.Generator, around: int, margin: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`littered` for an image that shows `around` pixels beside its patch, and labels that go `margin` beyond it."""
+    wide = max(around, margin)
+    image = cv2.copyMakeBorder(image_rgb, *[wide - around] * 4, cv2.BORDER_REFLECT_101)
+    image, found = littered(image, np.pad(labels, wide - margin), rng)
+    return tuple(
+        np.ascontiguousarray(part[within(part, wide - own)]) for part, own in ((image, around), (found, margin))
+    )
 
 
 def geometry(

@@ -1,4 +1,4 @@
-"""Torn tissue and debris: labels follow the glass, and the rest of a torn nucleus is taught only if it is most of it."""
+"""Torn tissue and debris: labels follow the glass; what is left of a torn nucleus is taught if it is most of it."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
     python benchmarks/confidence.py DATA --install   # and the coefficients into the model's config.json
     python benchmarks/confidence.py DATA --model small-unguided --unseen    # results/confidence.small-unguided.json
 
-DATA holds nuinsseg, tnbc, cryonuseg and monuseg. The coefficients are fitted on the validation images of the shipped
+DATA holds nuinsseg, tnbc, dsb_he, cryonuseg and monuseg. The coefficients are fitted on the validation images of the shipped
 models (results/split.json), as `nuguide train` does. Nuclei of these images are scored by a fit that saw nothing of
 their organ or slide; those of the other sets by the fit of all. "Before" is the mean of the nucleus map over a nucleus,
 "after" the calibrated probability. A nucleus is matched where its IoU with an annotated one exceeds 0.5, at the image's
@@ -40,8 +40,8 @@ from nuguide.resample import resize_map
 from nuguide.types import Sample
 
 ROOT = Path(__file__).resolve().parents[1]
-VALIDATION, UNSEEN = ("nuinsseg", "tnbc"), ("cryonuseg", "monuseg")
-TITLES = {"nuinsseg": "NuInsSeg, organ left out", "tnbc": "TNBC, slide left out",
+VALIDATION, UNSEEN = ("nuinsseg", "tnbc", "dsb_he"), ("cryonuseg", "monuseg")
+TITLES = {"nuinsseg": "NuInsSeg, organ left out", "tnbc": "TNBC, slide left out", "dsb_he": "DSB2018, group left out",
           "cryonuseg": "CryoNuSeg, never trained on", "monuseg": "MoNuSeg, never trained on"}
 
 

@@ -29,7 +29,7 @@ from nuguide.datasets import Dataset, read_dataset
 from nuguide.predict import Predictor, load
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-VALIDATION, UNSEEN = ("nuinsseg", "tnbc"), ("cryonuseg", "monuseg")
+VALIDATION, UNSEEN = ("nuinsseg", "tnbc", "dsb_he"), ("cryonuseg", "monuseg")
 KINDS = ("found", "missed", "joined", "divided", "outlined otherwise")
 
 

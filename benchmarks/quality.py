@@ -101,8 +101,9 @@ def empty(rng: np.random.Generator) -> Iterator[np.ndarray]:
 
 
 def part(data: Path, name: str, every: int) -> list[tuple[str, np.ndarray]]:
-    """(group, image) of every so many images of a part of results/split.json."""
-    members = json.loads((ROOT / "results" / "split.json").read_text())["parts"][name][::every]
+    """(group, image) of every so many images of a part of results/split.json that are of `MPP`."""
+    members = json.loads((ROOT / "results" / "split.json").read_text())["parts"][name]
+    members = [member for member in members if member["dataset"] in ("nuinsseg", "tnbc")][::every]
     return [
         (member["group"], read_image(next((data / member["dataset"] / "images").glob(f"{member['id']}.*"))).image_rgb)
         for member in members

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,19 +118,17 @@ def listing(models: Sequence[Shipped]) -> str:
         network = model.network if model.width is None else f"{model.network} {model.width}"
         kinds.append([name, network, model.guide or "-", model.fusion or "-", f"{model.parameters / 1e6:.1f} M",
                       f"{model.bytes / 1e6:.1f} MB", f"{model.mpp:g}"])
-    sets = list(dict.fromkeys(set_name for model in models for set_name in model.scores))
-    rows = [[" ".join(METRICS.values()), *sets]]
-    for name, model in zip(called, models, strict=True):
-        rows.append([name, *(_short(model.scores.get(set_name)) for set_name in sets)])
+    titles = {set_name: scores["title"] for model in models for set_name, scores in model.scores.items()}
+    rows = [[" ".join(METRICS.values()), *(model.name for model in models)]]
+    for set_name, title in titles.items():
+        rows.append([title, *(_short(model.scores.get(set_name)) for model in models)])
     data = [
-        f"{model.name}: trained on " + ", ".join(
+        textwrap.fill(f"{model.name}: trained on " + ", ".join(
             f"{part['name']} ({part['images']} images, {part['license']})" for part in model.trained_on
-        )
+        ), 88, subsequent_indent="  ")
         for model in models
     ]
-    titles = {set_name: scores["title"] for model in models for set_name, scores in model.scores.items()}
-    meant = [f"{set_name}: {title}" for set_name, title in titles.items()]
-    return "\n".join([*_aligned(kinds), "", *_aligned(rows), "", *meant, "", *data])
+    return "\n".join([*_aligned(kinds), "", *_aligned(rows), "", *data])
 
 
 def _short(scores: dict[str, Any] | None) -> str:

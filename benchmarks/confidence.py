@@ -4,11 +4,11 @@
     python benchmarks/confidence.py DATA --install   # and the coefficients into the model's config.json
     python benchmarks/confidence.py DATA --model small-unguided --unseen    # results/confidence.small-unguided.json
 
-DATA holds nuinsseg, tnbc, dsb_he, cryonuseg and monuseg. The coefficients are fitted on the validation images of the shipped
-models (results/split.json), as `nuguide train` does. Nuclei of these images are scored by a fit that saw nothing of
-their organ or slide; those of the other sets by the fit of all. "Before" is the mean of the nucleus map over a nucleus,
-"after" the calibrated probability. A nucleus is matched where its IoU with an annotated one exceeds 0.5, at the image's
-own size.
+DATA holds nuinsseg, tnbc, dsb_he, cryonuseg and monuseg. The coefficients are fitted on the validation images of the
+shipped models (results/split.json), as `nuguide train` does. Nuclei of these images are scored by a fit that saw
+nothing of their organ or slide; those of the other sets by the fit of all. "Before" is the mean of the nucleus map over
+a nucleus, "after" the calibrated probability. A nucleus is matched where its IoU with an annotated one exceeds 0.5, at
+the image's own size.
 """
 
 from __future__ import annotations

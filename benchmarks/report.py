@@ -112,6 +112,11 @@ def debris() -> str:
     return difference("debris25", "debris0")
 
 
+def control() -> str:
+    """The default model minus the same with a guide of random weights, image by image."""
+    return difference("default", "random_guide")
+
+
 def fourth(model: str = "small") -> str:
     """A model minus what it was before its fourth stage, image by image."""
     before = [read_scores(file) for file in sorted(EARLIER.glob(f"third_stage.{model}.*.json"))]
@@ -598,7 +603,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "accuracy": accuracy, "aims": aims, "guidance": guidance, "groups": groups, "screen": screen,
     "speed": speed, "seams": seams,
     "training": training, "flips": flips, "precision": precision, "training_speed": training_speed, "models": models,
-    "confidence": confidence, "agreement": agreement, "above": above, "debris": debris, "fourth": fourth,
+    "confidence": confidence, "agreement": agreement, "above": above, "debris": debris, "fourth": fourth, "control": control,
     "quality": quality,
     "instances": instances, "floods": floods, "average": average,
     "slide_growth": slide_growth, "slide_seams": slide_seams, "slide_beside": slide_beside,

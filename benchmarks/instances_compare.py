@@ -37,7 +37,6 @@ from nuguide.datasets.splits import read_manifest
 from nuguide.evaluate import write_scores
 from nuguide.instances import (
     EIGHT,
-    IGNORED,
     LEVELS,
     Separation,
     connected,
@@ -54,6 +53,7 @@ from nuguide.metrics import score
 from nuguide.networks import fold_batch_norm
 from nuguide.predict import padded
 from nuguide.train import seen
+from nuguide.types import IGNORED
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MPP = 0.5

@@ -137,10 +137,10 @@ def differences_of(one: pd.DataFrame, other: pd.DataFrame) -> str:
     """Some image rows minus others, image by image, of each set that both hold."""
     lines = ["| set | images | Dice | AJI | PQ |", "|---|---|---|---|---|"]
     for name, title in SETS.items():
-        pair = of_set(one, name), of_set(other, name)
-        pair = pair[0][pair[0]["id"].isin(pair[1]["id"])], pair[1][pair[1]["id"].isin(pair[0]["id"])]
-        if pair[0].empty:
+        both = set(of_set(one, name)["id"]) & set(of_set(other, name)["id"])
+        if not both:
             continue
+        pair = [of_set(rows, name).query(f"id in {sorted(both)!r}") for rows in (one, other)]
         lines.append(f"| {title} | {len(pair[0])} | " + " | ".join(paired_cells(*pair)) + " |")
     return "\n".join(lines)
 
@@ -603,8 +603,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "accuracy": accuracy, "aims": aims, "guidance": guidance, "groups": groups, "screen": screen,
     "speed": speed, "seams": seams,
     "training": training, "flips": flips, "precision": precision, "training_speed": training_speed, "models": models,
-    "confidence": confidence, "agreement": agreement, "above": above, "debris": debris, "fourth": fourth, "control": control,
-    "quality": quality,
+    "confidence": confidence, "agreement": agreement, "above": above, "quality": quality,
+    "debris": debris, "fourth": fourth, "control": control,
     "instances": instances, "floods": floods, "average": average,
     "slide_growth": slide_growth, "slide_seams": slide_seams, "slide_beside": slide_beside,
     "robustness": robust, "robustness_limits": robust_limits,

@@ -28,7 +28,7 @@ LAYERS = {
 }
 BESIDE = {
     "augment": {"debris", "stain"},  # lays it on glass; varies the amount of each
-    "debris": {"instances", "stain"},  # says what is not to be taught as they do; takes its colors as densities
+    "debris": {"stain"},             # takes colors as densities
     "confidence": {"metrics"},       # asks how far the nuclei of two label maps overlap
     "measure": {"runs", "stain"},    # sums over them; unmixes them
     "normalize": {"stain"},          # starts from them

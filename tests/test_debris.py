@@ -10,8 +10,7 @@ import pytest
 
 from nuguide.augment import Augmentation, augment
 from nuguide.debris import kept, littered, piece
-from nuguide.instances import IGNORED
-from nuguide.types import Sample
+from nuguide.types import IGNORED, Sample
 
 ALL = Augmentation(
     rotate=False, scale=(1, 1), elastic_px=0, debris=1.0,
@@ -21,7 +20,7 @@ ALL = Augmentation(
 
 def inner(mask: np.ndarray) -> np.ndarray:
     """What lies 3 px or more inside of a mask."""
-    return cv2.erode(np.uint8(mask), np.ones((7, 7)), borderType=cv2.BORDER_CONSTANT, borderValue=0) > 0
+    return cv2.erode(mask.astype(np.uint8), np.ones((7, 7)), borderType=cv2.BORDER_CONSTANT, borderValue=0) > 0
 
 
 def test_part_of_the_tissue_becomes_glass_and_something_lies_on_it() -> None:

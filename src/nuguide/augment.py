@@ -98,11 +98,11 @@ def littered_patch(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`littered` for an image that shows `around` pixels beside its patch, and labels that go `margin` beyond it."""
     wide = max(around, margin)
-    image = cv2.copyMakeBorder(image_rgb, *[wide - around] * 4, cv2.BORDER_REFLECT_101)
+    more = wide - around
+    image = cv2.copyMakeBorder(image_rgb, more, more, more, more, cv2.BORDER_REFLECT_101)
     image, found = littered(image, np.pad(labels, wide - margin), rng)
-    return tuple(
-        np.ascontiguousarray(part[within(part, wide - own)]) for part, own in ((image, around), (found, margin))
-    )
+    image, found = image[within(image, more)], found[within(found, wide - margin)]
+    return np.ascontiguousarray(image), np.ascontiguousarray(found)
 
 
 def geometry(

@@ -16,12 +16,12 @@ from torch.utils.data import Dataset
 from .augment import Augmentation, augment, degrade, recolor
 from .guides import CELLS_PX, FrozenGuide
 from .guides.fitting import MEAN
-from .instances import CHANNELS, IGNORED, gaps, targets
+from .instances import CHANNELS, gaps, targets
 from .latents import LatentCache, RegionLatents
 from .normalize import StainNormalizer
 from .resample import resampled_size, resize_image, resize_labels
 from .stain import exposed
-from .types import Sample
+from .types import IGNORED, Sample
 
 INTERIOR = CHANNELS.index("interior")
 MARGIN_PX = 24              # of labels around a patch: a nucleus that it cuts keeps the interior that all of it has
@@ -39,7 +39,7 @@ class Patch(NamedTuple):
 
 class Batch(NamedTuple):
     """image (B, 3, S, S) float32, RGB 0..255; target (B, 2, P, P) float32, `instances.CHANNELS`, of its middle,
-    `instances.IGNORED` where nothing is taught.
+    `types.IGNORED` where nothing is taught.
 
     S is P and what the guide sees on both sides. latent is (B, C, h, w) where it was read from a cache, else None.
     weight is (B, 2, P, P), how much each target counts, or None where all count alike.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from .instances import IGNORED
 from .stain import DENSITY
+from .types import IGNORED
 
 TISSUE_LEFT = (0.3, 0.9)        # of a patch with what it shows around, the share that is not torn away
 COUNT = 6                       # pieces of debris, at most
@@ -27,14 +27,14 @@ def littered(
         image_rgb: (H, W, 3) uint8. labels: (H, W) int32, 0 background, of the same pixels.
 
     Returns:
-        The two, changed, of the same shapes and dtypes; labels may hold `instances.IGNORED`.
+        The two, changed, of the same shapes and dtypes; labels may hold `types.IGNORED`.
     """
     size = labels.shape
     field = smooth(size, rng, int(rng.integers(2, 5))) + 0.15 * smooth(size, rng, 24)
     torn = field > np.quantile(field, rng.uniform(*TISSUE_LEFT))
     glass = np.float32(rng.uniform(222, 248) + rng.uniform(-4, 4, 3))
     bare = cv2.GaussianBlur(torn.astype(np.float32), (0, 0), rng.uniform(0.7, 1.5))[..., None]
-    colors = DENSITY[cv2.blur(image_rgb, (3, 3))].reshape(-1, 3)
+    colors = DENSITY[cv2.blur(image_rgb, (3, 3))].reshape(-1, 3)    # pyright: ignore
     density = np.zeros((*size, 3), np.float32)
     solid = np.zeros(size, bool)
     places = np.argwhere(torn)

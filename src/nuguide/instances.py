@@ -9,13 +9,11 @@ import numpy as np
 
 from .resample import resize_labels, resize_map
 from .runs import pieces_of, runs_of
+from .types import IGNORED
 
 CHANNELS = ("nucleus", "interior")     # what the two output channels of every network mean
 INTERIOR_DEPTH = 0.4                   # share of a nucleus's greatest depth at which its interior begins
-
-
 GAP_PX = 3
-IGNORED = -1                # label and target of a pixel of which nothing is taught
 
 
 def targets(labels: np.ndarray) -> np.ndarray:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+IGNORED = -1                # label and target of a pixel of which nothing is taught
+
 
 class UserError(Exception):
     """Something the user can put right: the message names the file or the option, and the remedy.

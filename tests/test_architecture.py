@@ -17,9 +17,10 @@ SOURCE = Path(nuguide.__file__).parent
 # Module or package -> layer. A module may import from lower layers; within a layer only as `BESIDE` says.
 LAYERS = {
     "types": 0,
-    "augment": 1, "confidence": 1, "datasets": 1, "debris": 1, "download": 1, "export": 1, "fusion": 1, "guides": 1,
-    "images": 1, "instances": 1, "losses": 1, "machine": 1, "measure": 1, "metrics": 1, "networks": 1, "normalize": 1,
-    "quality": 1, "resample": 1, "runs": 1, "stain": 1, "tiling": 1, "together": 1, "tissue": 1, "zoo": 1,
+    "augment": 1, "confidence": 1, "crowd": 1, "datasets": 1, "debris": 1, "download": 1, "export": 1, "fusion": 1,
+    "guides": 1, "images": 1, "instances": 1, "losses": 1, "machine": 1, "measure": 1, "metrics": 1, "networks": 1,
+    "normalize": 1, "quality": 1, "resample": 1, "runs": 1, "stain": 1, "tiling": 1, "together": 1, "tissue": 1,
+    "zoo": 1,
     "batches": 2, "checkpoint": 2, "latents": 2, "nuclei": 2, "recipe": 2, "slides": 2, "widen": 2,
     "calibrate": 3, "callbacks": 3, "cluster": 3, "evaluate": 3, "fanout": 3, "image_run": 3, "loaders": 3,
     "predict": 3, "slide_run": 3, "start": 3, "train": 3, "whole_slide": 3,
@@ -27,8 +28,8 @@ LAYERS = {
     "__init__": 5,
 }
 BESIDE = {
-    "augment": {"debris", "stain"},  # lays it on glass; varies the amount of each
-    "debris": {"stain"},             # takes colors as densities
+    "augment": {"crowd", "debris", "stain"},  # copies nuclei up to others; lays it on glass; varies the amount of each
+    "crowd": {"stain"}, "debris": {"stain"},  # take colors as densities
     "confidence": {"metrics"},       # asks how far the nuclei of two label maps overlap
     "measure": {"runs", "stain"},    # sums over them; unmixes them
     "normalize": {"stain"},          # starts from them

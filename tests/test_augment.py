@@ -114,7 +114,8 @@ def test_every_knob_has_an_effect_on_what_it_should(knob: str) -> None:
 
 
 def test_every_field_is_a_knob_of_these_tests() -> None:
-    assert {field.name for field in dataclasses.fields(Augmentation)} == {*GEOMETRY, *COLOR, *QUALITY, "debris"}
+    known = {*GEOMETRY, *COLOR, *QUALITY, "crowd", "debris"}
+    assert {field.name for field in dataclasses.fields(Augmentation)} == known
 
 
 def degraded(image: np.ndarray, knob: str, seeds: int = 40) -> list[np.ndarray]:

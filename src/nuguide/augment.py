@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from .crowd import crowded
 from .debris import littered
 from .stain import restained
 
@@ -31,6 +32,7 @@ class Augmentation:
         blur: of half the patches, the largest standard deviation of a Gaussian blur, in pixels.
         noise: of half the patches, the largest standard deviation of Gaussian noise, of 255.
         jpeg: of half the patches, the least quality at which they are compressed; 100 for none.
+        crowd: probability that nuclei are copied up to others, so that they touch or overlap.
         debris: probability that part of the tissue is torn away and stained debris lies on the glass, as background.
     """
 
@@ -47,6 +49,7 @@ class Augmentation:
     blur: float = 0.0
     noise: float = 0.0
     jpeg: int = 100
+    crowd: float = 0.0
     debris: float = 0.0
 
 
@@ -85,6 +88,9 @@ def augment(
     # float32 holds label values exactly up to 2^24; remap takes no int32
     found = cv2.remap(labels.astype(np.float32), x, y, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REFLECT_101)
     found = found.astype(np.int32)
+    if how.crowd and rng.random() < how.crowd:
+        middle, inner = within(patch, around), within(found, margin)
+        patch[middle], found[inner] = crowded(patch[middle], found[inner], rng, int(found.max()) + 1)
     if how.debris and rng.random() < how.debris:
         patch, found = littered_patch(patch, found, rng, around, margin)
     patch = degrade(recolor(patch, rng, how, around), rng, how, around)

@@ -127,6 +127,34 @@ def test_the_best_epoch_is_kept_or_the_last_or_their_mean_even_after_a_resume(
     assert all(bool((value == kept).all()) for value in model.parameters())
 
 
+def test_half_way_from_the_start_is_kept_after_every_epoch_even_after_a_resume(tmp_path: Path) -> None:
+    spec = checkpoint.ModelSpec("unet", {"width": 1})
+    keeper, module = KeepModel(tmp_path, spec, keep="halfway"), SimpleNamespace(model=checkpoint.build(spec))
+    for epoch in range(3):
+        for value in module.model.state_dict().values():
+            value.fill_(10 + epoch)                     # what it begins with, or goes on with
+        if epoch == 2:
+            keeper = KeepModel(tmp_path, spec, keep="halfway")
+        trainer = SimpleNamespace(
+            callback_metrics={"val_dice": 0.5}, sanity_checking=False, current_epoch=epoch, is_global_zero=True,
+            max_epochs=3,
+        )
+        if epoch != 1:
+            keeper.on_train_start(trainer, module)  # pyright: ignore[reportArgumentType]
+        for value in module.model.state_dict().values():
+            value.fill_(20 + epoch)
+        keeper.on_validation_end(trainer, module)  # pyright: ignore[reportArgumentType]
+        model, _, kept = checkpoint.load(tmp_path / "model")
+        assert all(bool((value == 15 + epoch / 2).all()) for value in model.parameters())
+        assert (kept.origin["epoch"], kept.origin["mean_with_start"]) == (epoch, True)
+
+
+def test_half_way_needs_a_start() -> None:
+    with pytest.raises(UserError, match="name one with --start"):
+        TrainOptions(keep="halfway")
+    assert TrainOptions(keep="halfway", start="small").keep == "halfway"
+
+
 def test_the_model_says_where_it_comes_from(run: SimpleNamespace) -> None:
     spec = checkpoint.read_spec(run.model)
     assert (spec.network, spec.fusion, spec.guide) == ("eunet3plus", "concat", "efficientnet_lite0_pyramid")

@@ -28,7 +28,8 @@ NEWEST = 0.3                # share of the newest patch in the recent loss of it
 class KeepModel(Callback):
     """Writes the model folder as `keep` of the options says; metrics and curves after every epoch.
 
-    For the mean, the best model so far waits in a folder of its own, which the last epoch's is joined with.
+    For the mean, the best model so far waits in a folder of its own, which the last epoch's is joined with; half
+    way, what training began with does, and is joined with every epoch's.
     """
 
     def __init__(self, folder: Path, spec: ModelSpec, deep_supervision: bool = False, keep: str = "best"):
@@ -41,6 +42,10 @@ class KeepModel(Callback):
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         self.best = state_dict["best"]
 
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self.keep == "halfway" and trainer.current_epoch == 0 and trainer.is_global_zero:
+            self._save(self.folder / "start", self._model(pl_module), {})
+
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if trainer.sanity_checking:
             return
@@ -49,15 +54,22 @@ class KeepModel(Callback):
         if not trainer.is_global_zero:
             return
         facts = {"val_dice_at_training_resolution": round(score, 4), "epoch": trainer.current_epoch}
-        model = pl_module.model
-        assert isinstance(model, nn.Module)
-        kept = without_side_heads(model) if self.deep_supervision else model
+        kept = self._model(pl_module)
+        if self.keep == "halfway":
+            joined = checkpoint.mean(kept, self.folder / "start")
+            self._save(self.folder / "model", joined, facts | {"mean_with_start": True})
+            return
         best = self.folder / ("best" if self.keep == "mean" else "model")
         if better or self.keep == "last":
             self._save(best, kept, facts)
         if self.keep == "mean" and trainer.current_epoch == (trainer.max_epochs or 0) - 1:
             origin = checkpoint.read_spec(best).origin
             self._save(self.folder / "model", checkpoint.mean(kept, best), facts | {"mean_with_epoch": origin["epoch"]})
+
+    def _model(self, pl_module: lightning.LightningModule) -> nn.Module:
+        model = pl_module.model
+        assert isinstance(model, nn.Module)
+        return without_side_heads(model) if self.deep_supervision else model
 
     def _save(self, folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
         checkpoint.save(folder, model, dataclasses.replace(self.spec, origin=self.spec.origin | facts))

@@ -214,7 +214,8 @@ def mean(model: nn.Module, folder: Path) -> nn.Module:
     """A copy of a model with the mean of its weights and of those in a model folder; running means of batch norm too.
 
     Two models of one training, apart in time but of one start, have a mean that is often better than either (Wortsman
-    et al., Model soups, ICML 2022).
+    et al., Model soups, ICML 2022); so have a model and what it became on harder images (Wortsman et al., Robust
+    fine-tuning of zero-shot models, CVPR 2022).
     """
     joined, others = copy.deepcopy(model), _fp32(load_file(folder / WEIGHTS))
     own = joined.state_dict()

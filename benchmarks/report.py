@@ -112,9 +112,44 @@ def debris() -> str:
     return difference("debris25", "debris0")
 
 
+def crowd() -> str:
+    """Copied nuclei in training minus the same training without, image by image."""
+    return difference("crowd50", "crowd0")
+
+
 def control() -> str:
     """The default model minus the same with a guide of random weights, image by image."""
     return difference("default", "random_guide")
+
+
+def wider() -> str:
+    """Twice the width, trained further, minus the default model, image by image."""
+    return difference("wide", "small")
+
+
+def wide_guidance() -> str:
+    """Twice the width: guided minus unguided, image by image."""
+    return difference("wide", "wide_unguided")
+
+
+def halfway() -> str:
+    """The wide model, what harder patches made of it, and the mean of the two, on changed pictures."""
+    lines = robustness.read_lines(RESULTS / "halfway.jsonl")
+    levels = list(dict.fromkeys((line["perturbation"], line["level"]) for line in lines))
+    titles = {"wide": "before", "end": "after", "halfway": "the mean of the weights of both"}
+    heads = ["nothing" if kind == robustness.CLEAN else f"{robustness.PERTURBATIONS[kind].title}, {level:g}"
+             for kind, level in levels]
+    rows = [f"| Dice / AJI | {' | '.join(heads)} |", "|---" * (1 + len(levels)) + "|"]
+    for name, title in titles.items():
+        found = {(line["perturbation"], line["level"]): line for line in lines if line["model"] == name}
+        cells = [f"{np.mean(found[level]['dice']):.3f} / {np.mean(found[level]['aji']):.3f}" for level in levels]
+        rows.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def base() -> str:
+    """`base` minus the default model, image by image."""
+    return difference("base", "small")
 
 
 def fourth(model: str = "small") -> str:
@@ -435,6 +470,24 @@ def robust() -> str:
     return "\n".join(rows)
 
 
+def sturdier() -> str:
+    """`base` minus the default model at the strongest levels of each perturbation, image by image."""
+    lines = robustness.read_lines(robustness.LINES)
+    rows = ["| changed | level | Dice | AJI | PQ |", "|---" * 5 + "|"]
+    levels = [(kind, level) for kind, how in robustness.PERTURBATIONS.items() for level in how.levels]
+    for kind, level in levels:
+        if not robustness.strongest(kind, level):
+            continue
+        cells = []
+        for metric in zoo.METRICS:
+            one, other = (robustness.curve(lines, name, kind, metric)[level] for name in ("base", "small"))
+            low, high = interval(one - other)
+            cells.append(f"{(one - other).mean():+.3f} ({low:+.3f} to {high:+.3f})")
+        how = robustness.PERTURBATIONS[kind]
+        rows.append(f"| {how.title}, {how.unit} | {level:g} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def robust_limits() -> str:
     """The levels at which each model's mean Dice is lower by more than 0.05."""
     lines = robustness.read_lines(robustness.LINES)
@@ -604,10 +657,11 @@ TABLES: dict[str, Callable[..., str]] = {
     "speed": speed, "seams": seams,
     "training": training, "flips": flips, "precision": precision, "training_speed": training_speed, "models": models,
     "confidence": confidence, "agreement": agreement, "above": above, "quality": quality,
-    "debris": debris, "fourth": fourth, "control": control,
+    "debris": debris, "crowd": crowd, "wider": wider, "wide_guidance": wide_guidance, "halfway": halfway,
+    "base": base, "fourth": fourth, "control": control,
     "instances": instances, "floods": floods, "average": average,
     "slide_growth": slide_growth, "slide_seams": slide_seams, "slide_beside": slide_beside,
-    "robustness": robust, "robustness_limits": robust_limits,
+    "robustness": robust, "robustness_limits": robust_limits, "sturdier": sturdier,
     "experiments": experiments, "cross_validated": cross_validated, "further": further,
     "errors": errors, "gaps": gaps, "stain": stain,
     "operations": operations, "noise": noise, "lead": lead, "levelling": levelling,

@@ -1,6 +1,6 @@
 """How well models bear what goes wrong with pictures: stain, JPEG, blur, noise, exposure, a wrong microns per pixel.
 
-    python benchmarks/robustness.py run --data-root DATA [--models small small-unguided classical] [--out LINES.jsonl]
+    python benchmarks/robustness.py run --data-root DATA [--models small base ... classical] [--out LINES.jsonl]
     python benchmarks/robustness.py plot [LINES.jsonl] [PICTURE.png]
 
 `run` scores each model on 24 validation images of results/split.json: all of TNBC, and of NuInsSeg as many of each
@@ -44,7 +44,7 @@ METRICS = ("dice", "aji", "pq")
 CLASSICAL = "classical"
 MUCH = 0.05                                       # of Dice
 CLEAN = "none"                                    # the perturbation of images as they are
-TITLES = {"small": "small (guided)", "small-unguided": "small-unguided", CLASSICAL: "classical method"}
+TITLES = {"small": "small (guided)", "small-unguided": "small-unguided", "base": "base", CLASSICAL: "classical method"}
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def panels_of(lines: Sequence[dict[str, Any]]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[:, 0]:
         axes.set_ylabel("Dice")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -268,7 +268,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run")
     one.add_argument("--data-root", type=Path, required=True)
-    one.add_argument("--models", nargs="+", default=["small", "small-unguided", CLASSICAL])
+    one.add_argument("--models", nargs="+", default=["small", "small-unguided", "base", CLASSICAL])
     one.add_argument("--split", type=Path, default=ROOT / "results" / "split.json")
     one.add_argument("--out", type=Path, default=LINES)
     one.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="fp32")

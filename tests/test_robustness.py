@@ -129,10 +129,10 @@ def test_committed_lines_are_whole_and_start_where_the_result_files_are() -> Non
     lines = [json.loads(line) for line in LINES.read_text().splitlines()]
     keys = [(line["model"], line["perturbation"], line["level"]) for line in lines]
     levels = [(CLEAN, 0.0), *((kind, level) for kind, how in PERTURBATIONS.items() for level in how.levels)]
-    wanted = [(model, *level) for model in ("small", "small-unguided", CLASSICAL) for level in levels]
+    wanted = [(model, *level) for model in ("small", "small-unguided", "base", CLASSICAL) for level in levels]
     assert sorted(keys) == sorted(wanted)
     assert all(len(line["dice"]) == len(line["images"]) == 24 for line in lines)
-    for model, results in (("small", "default"), ("small-unguided", "unguided")):
+    for model, results in (("small", "default"), ("small-unguided", "unguided"), ("base", "base")):
         rows = read_scores(RESULTS / f"{results}.val.json")
         known = dict(zip(rows["dataset"] + "/" + rows["id"], rows["dice"], strict=True))
         expected = [known[name] for name in lines[0]["images"]]

@@ -56,20 +56,22 @@ def test_the_listing_shows_each_model_and_its_scores(capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     lines = [line.split() for line in shown.splitlines()]
     facts = {" ".join(line) for line in lines}
+    assert "base eunet3plus 32 efficientnet_lite0 concat 11.9 M 23.9 MB 0.5" in facts
     assert "small (default) eunet3plus 16 efficientnet_lite0 concat 3.0 M 6.1 MB 0.5" in facts
     assert "small-unguided eunet3plus 16 - - 2.9 M 5.8 MB 0.5" in facts
     assert max(map(len, shown.splitlines())) <= 88
-    assert ["Dice", "AJI", "PQ", "small", "small-unguided"] in lines
-    both = [read_scores(RESULTS / f"{results}.monuseg.json") for results in ("default", "unguided")]
-    means = [f"{rows[metric].mean():.3f}".removeprefix("0") for rows in both for metric in ("dice", "aji", "pq")]
+    assert ["Dice", "AJI", "PQ", "base", "small", "small-unguided"] in lines
+    all_three = [read_scores(RESULTS / f"{results}.monuseg.json") for results in ("base", "default", "unguided")]
+    means = [f"{rows[metric].mean():.3f}".removeprefix("0") for rows in all_three for metric in ("dice", "aji", "pq")]
     assert ["MoNuSeg,", "never", "trained", "on", *means] in lines
 
 
 def test_machines_get_the_same_as_json(capsys: pytest.CaptureFixture) -> None:
     assert run("models", "--json") == 0
-    small, unguided = json.loads(capsys.readouterr().out)
-    assert (small["name"], small["aliases"], unguided["name"], unguided["aliases"]) == (
-        "small", ["default"], "small-unguided", [])
+    base, small, unguided = json.loads(capsys.readouterr().out)
+    assert [(model["name"], model["aliases"]) for model in (base, small, unguided)] == [
+        ("base", []), ("small", ["default"]), ("small-unguided", [])]
+    assert base["width"] == 2 * small["width"] == 32
     assert (small["parameters"], small["mpp"]) == (3_045_762, 0.5)
     mean, low, high = small["scores"]["cryonuseg"]["dice"]
     dice = read_scores(RESULTS / "default.cryonuseg.json")["dice"]
@@ -91,12 +93,12 @@ def test_a_name_prints_the_card_without_the_marks_of_its_tables(capsys: pytest.C
 
 def test_an_unknown_name_gets_one_line_that_lists_the_names(capsys: pytest.CaptureFixture) -> None:
     assert run("models", "big") == 2
-    assert capsys.readouterr().err == "nuguide: big: no such model; choose from small, small-unguided\n"
+    assert capsys.readouterr().err == "nuguide: big: no such model; choose from base, small, small-unguided\n"
     assert run("models", "elsewhere/small") == 2
-    assert capsys.readouterr().err.startswith("nuguide: elsewhere/small: no such model; choose from small")
+    assert capsys.readouterr().err.startswith("nuguide: elsewhere/small: no such model; choose from base, small")
     with pytest.raises(UserError) as refused:
         nuguide.load("big")
-    assert str(refused.value).startswith("big: no such model; give small, small-unguided, or a folder with ")
+    assert str(refused.value).startswith("big: no such model; give base, small, small-unguided, or a folder with ")
     assert "\n" not in str(refused.value)
 
 

@@ -1,6 +1,6 @@
 """What further training on harder patches, and half the way to it, change on changed pictures; one set of thresholds.
 
-    python benchmarks/halfway.py DATA wide=runs/wide/model end=runs/end/model halfway=runs/base/model > OUT.jsonl
+    python benchmarks/halfway.py DATA before=runs/wide/model end=runs/end/model halfway=runs/base/model > OUT.jsonl
 
 Each model is NAME=FOLDER; all separate nuclei by the thresholds of the first, so that the weights alone differ. The
 images, the changes and the scores are those of benchmarks/robustness.py. Prints a line of JSON a model and a change.

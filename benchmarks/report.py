@@ -117,31 +117,35 @@ def crowd() -> str:
     return difference("crowd50", "crowd0")
 
 
-def control() -> str:
-    """The default model minus the same with a guide of random weights, image by image."""
-    return difference("default", "random_guide")
+def control(step: str = "fifth") -> str:
+    """A step of the shipped models' training minus the same with a guide of random weights, image by image."""
+    ones = {"fourth": earlier("fourth_stage", "small"), "fifth": scores("small"),
+            "wide": scores("wide"), "base": scores("base")}
+    return differences_of(ones[step], scores(f"{step}_random"))
 
 
 def wider() -> str:
-    """Twice the width, trained further, minus the default model, image by image."""
-    return difference("wide", "small")
+    """Twice the width, trained further, minus what it began as, image by image."""
+    return differences_of(scores("wide"), earlier("fourth_stage", "small"))
 
 
-def wide_guidance() -> str:
-    """Twice the width: guided minus unguided, image by image."""
-    return difference("wide", "wide_unguided")
+def wide_guidance(step: str = "wide") -> str:
+    """A step of the training at twice the width: guided minus unguided, image by image."""
+    return difference(step, f"{step}_unguided")
 
 
-def halfway() -> str:
-    """The wide model, what harder patches made of it, and the mean of the two, on changed pictures."""
-    lines = robustness.read_lines(RESULTS / "halfway.jsonl")
+def halfway(model: str = "small") -> str:
+    """A model, what harder patches made of it, and the mean of the two, on changed pictures."""
+    lines = robustness.read_lines(RESULTS / f"halfway.{model}.jsonl")
     levels = list(dict.fromkeys((line["perturbation"], line["level"]) for line in lines))
-    titles = {"wide": "before", "end": "after", "halfway": "the mean of the weights of both"}
+    titles = {"before": "before", "end": "after", "halfway": "the mean of the weights of both"}
     heads = ["nothing" if kind == robustness.CLEAN else f"{robustness.PERTURBATIONS[kind].title}, {level:g}"
              for kind, level in levels]
     rows = [f"| Dice / AJI | {' | '.join(heads)} |", "|---" * (1 + len(levels)) + "|"]
     for name, title in titles.items():
         found = {(line["perturbation"], line["level"]): line for line in lines if line["model"] == name}
+        if not found:
+            continue
         cells = [f"{np.mean(found[level]['dice']):.3f} / {np.mean(found[level]['aji']):.3f}" for level in levels]
         rows.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -152,10 +156,19 @@ def base() -> str:
     return difference("base", "small")
 
 
+def earlier(stage: str, model: str) -> pd.DataFrame:
+    """All image rows of what a model was after an earlier stage of its training."""
+    return pd.concat([read_scores(file) for file in sorted(EARLIER.glob(f"{stage}.{model}.*.json"))], ignore_index=True)
+
+
 def fourth(model: str = "small") -> str:
-    """A model minus what it was before its fourth stage, image by image."""
-    before = [read_scores(file) for file in sorted(EARLIER.glob(f"third_stage.{model}.*.json"))]
-    return differences_of(scores(model), pd.concat(before, ignore_index=True))
+    """What the fourth stage of its training changed in a model, image by image."""
+    return differences_of(earlier("fourth_stage", model), earlier("third_stage", model))
+
+
+def fifth(model: str = "small") -> str:
+    """What the fifth stage of its training changed in a model, image by image."""
+    return differences_of(scores(model), earlier("fourth_stage", model))
 
 
 def above() -> str:
@@ -470,9 +483,11 @@ def robust() -> str:
     return "\n".join(rows)
 
 
-def sturdier() -> str:
-    """`base` minus the default model at the strongest levels of each perturbation, image by image."""
+def sturdier(model: str = "small") -> str:
+    """A model minus another at the strongest levels of each perturbation, image by image: the default model minus what
+    it was before its fifth stage, any other minus the default model."""
     lines = robustness.read_lines(robustness.LINES)
+    others = robustness.read_lines(EARLIER / "fourth_stage.robustness.jsonl") if model == "small" else lines
     rows = ["| changed | level | Dice | AJI | PQ |", "|---" * 5 + "|"]
     levels = [(kind, level) for kind, how in robustness.PERTURBATIONS.items() for level in how.levels]
     for kind, level in levels:
@@ -480,7 +495,8 @@ def sturdier() -> str:
             continue
         cells = []
         for metric in zoo.METRICS:
-            one, other = (robustness.curve(lines, name, kind, metric)[level] for name in ("base", "small"))
+            one = robustness.curve(lines, model, kind, metric)[level]
+            other = robustness.curve(others, "small", kind, metric)[level]
             low, high = interval(one - other)
             cells.append(f"{(one - other).mean():+.3f} ({low:+.3f} to {high:+.3f})")
         how = robustness.PERTURBATIONS[kind]
@@ -658,7 +674,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "training": training, "flips": flips, "precision": precision, "training_speed": training_speed, "models": models,
     "confidence": confidence, "agreement": agreement, "above": above, "quality": quality,
     "debris": debris, "crowd": crowd, "wider": wider, "wide_guidance": wide_guidance, "halfway": halfway,
-    "base": base, "fourth": fourth, "control": control,
+    "base": base, "fourth": fourth, "fifth": fifth, "control": control,
     "instances": instances, "floods": floods, "average": average,
     "slide_growth": slide_growth, "slide_seams": slide_seams, "slide_beside": slide_beside,
     "robustness": robust, "robustness_limits": robust_limits, "sturdier": sturdier,

@@ -138,7 +138,8 @@ def halfway(model: str = "small") -> str:
     """A model, what harder patches made of it, and the mean of the two, on changed pictures."""
     lines = robustness.read_lines(RESULTS / f"halfway.{model}.jsonl")
     levels = list(dict.fromkeys((line["perturbation"], line["level"]) for line in lines))
-    titles = {"before": "before", "end": "after", "halfway": "the mean of the weights of both"}
+    titles = {"before": "before", "end": "after", "halfway": "the mean of the weights of both",
+              "paler": "such a mean, patches paler and flatter"}
     heads = ["nothing" if kind == robustness.CLEAN else f"{robustness.PERTURBATIONS[kind].title}, {level:g}"
              for kind, level in levels]
     rows = [f"| Dice / AJI | {' | '.join(heads)} |", "|---" * (1 + len(levels)) + "|"]
@@ -169,6 +170,11 @@ def fourth(model: str = "small") -> str:
 def fifth(model: str = "small") -> str:
     """What the fifth stage of its training changed in a model, image by image."""
     return differences_of(scores(model), earlier("fourth_stage", model))
+
+
+def paler() -> str:
+    """The fifth stage on paler and flatter patches minus the fifth stage as it was kept, image by image."""
+    return difference("paler", "small")
 
 
 def above() -> str:
@@ -240,7 +246,7 @@ def model_scores(model: str) -> dict[str, Any]:
         rows = of_set(table, name)
         metrics = {metric: rows[metric].to_numpy() for metric in zoo.METRICS}
         found[name] = {"title": title, "images": len(rows)} | {
-            metric: [round(float(value), 4) for value in (values.mean(), *interval(values))]
+            metric: [round(float(value), 6) for value in (values.mean(), *interval(values))]
             for metric, values in metrics.items()
         }
     return found
@@ -674,7 +680,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "training": training, "flips": flips, "precision": precision, "training_speed": training_speed, "models": models,
     "confidence": confidence, "agreement": agreement, "above": above, "quality": quality,
     "debris": debris, "crowd": crowd, "wider": wider, "wide_guidance": wide_guidance, "halfway": halfway,
-    "base": base, "fourth": fourth, "fifth": fifth, "control": control,
+    "base": base, "fourth": fourth, "fifth": fifth, "paler": paler, "control": control,
     "instances": instances, "floods": floods, "average": average,
     "slide_growth": slide_growth, "slide_seams": slide_seams, "slide_beside": slide_beside,
     "robustness": robust, "robustness_limits": robust_limits, "sturdier": sturdier,

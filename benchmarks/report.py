@@ -635,7 +635,8 @@ def cross_validated(name: str) -> str:
 def further() -> str:
     """CryoNuSeg: the model trained further on it, minus the one that was not, and minus the second annotator."""
     trained = read_scores(RESULTS / "cv.cryonuseg.json")
-    beside = {"the model it began with": read_scores(EARLIER / "third_stage.small.cryonuseg.json"),
+    beside = {"the model it began with": read_scores(RESULTS / "default.cryonuseg.json"),
+              "the third stage's model, so trained": read_scores(EARLIER / "third_stage_further.cryonuseg.json"),
               "the second annotator": read_scores(RESULTS / "annotator2.cryonuseg.json")}
     lines = ["| minus | Dice | AJI | PQ |", "|---|---|---|---|"]
     for title, other in beside.items():

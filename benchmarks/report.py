@@ -119,9 +119,8 @@ def crowd() -> str:
 
 def control(step: str = "fifth") -> str:
     """A step of the shipped models' training minus the same with a guide of random weights, image by image."""
-    ones = {"fourth": earlier("fourth_stage", "small"), "fifth": scores("small"),
-            "wide": scores("wide"), "base": scores("base")}
-    return differences_of(ones[step], scores(f"{step}_random"))
+    one = earlier("fourth_stage", "small") if step == "fourth" else scores({"fifth": "small"}.get(step, step))
+    return differences_of(one, scores(f"{step}_random"))
 
 
 def wider() -> str:

@@ -126,11 +126,15 @@ def enlarged(x: Tensor, taps: Tensor) -> Tensor:
     The border is repeated.
     """
     channels = x.shape[1]
-    weight = taps.to(x.dtype).repeat(channels, 1)[:, None, :, None]               # (2C, 1, taps, 1)
-    for _ in range(2):                                                            # rows, then columns
-        padded = F.pad(x, (0, 0, REACH, REACH), mode="replicate")
-        both = F.conv2d(padded, weight, groups=channels).unflatten(1, (channels, 2))      # (B, C, 2, h, w)
-        x = both.transpose(2, 3).flatten(2, 3).transpose(2, 3)
+    for axis in (2, 3):                                                           # rows, then columns
+        border = (0, 0, REACH, REACH) if axis == 2 else (REACH, REACH, 0, 0)
+        padded = F.pad(x, border, mode="replicate")
+        weight = taps.to(x.dtype).unflatten(1, (-1, 1) if axis == 2 else (1, -1))     # (2, taps, 1) or (2, 1, taps)
+        # channels last, as the convolutions around this want it: interleaving is then one copy
+        before, after = (
+            F.conv2d(padded, kernel.expand(channels, 1, -1, -1), groups=channels).movedim(1, 3) for kernel in weight
+        )
+        x = torch.stack([before, after], axis).flatten(axis - 1, axis).movedim(3, 1)
     return x
 
 

@@ -74,6 +74,12 @@ def test_arms_that_tables_share_are_the_same_and_names_are_folders() -> None:
             assert arm.name.isidentifier()
 
 
+def test_the_counted_operations_are_those_of_every_arm() -> None:
+    counted = json.loads((Path(__file__).resolve().parents[1] / "results" / "operations.json").read_text())
+    listed = {name: sorted(arms) for name, arms in counted["experiments"].items()}
+    assert listed == {name: sorted(arm.name for arm in chosen.arms) for name, chosen in EXPERIMENTS.items()}
+
+
 def test_a_recipe_changes_only_what_its_arm_says() -> None:
     base = dataclasses.replace(PAPER, network_options={"dropout": 0.1})
     matched = experiment("table2").arm("glu_matched").recipe(base, "sam_vit_b")

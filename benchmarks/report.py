@@ -198,9 +198,9 @@ def differences_of(one: pd.DataFrame, other: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def paired_cells(one: pd.DataFrame, other: pd.DataFrame) -> list[str]:
-    """Dice, AJI and PQ of some image rows minus those of others, image by image."""
-    rows = paired(one, other).set_index("metric")
+def paired_cells(one: pd.DataFrame, other: pd.DataFrame, *, by_group: bool = False) -> list[str]:
+    """Dice, AJI and PQ of some image rows minus those of others, image by image; `by_group` as of `paired`."""
+    rows = paired(one, other, by_group=by_group).set_index("metric")
     cells = []
     for metric in ("dice", "aji", "pq"):
         row = rows.loc[metric]
@@ -531,6 +531,23 @@ def experiments(name: str) -> str:
     return markdown(results(RESULTS / "experiments", chosen), chosen, RESULTS)
 
 
+def unseen() -> str:
+    """Guided minus not, at both widths, on CryoNuSeg and MoNuSeg, with intervals of organs and patients drawn whole."""
+    pairs = {
+        "`small` minus unguided": ("default", "unguided"),
+        "`small` minus random weights": ("default", "fifth_random"),
+        "`base` minus unguided": ("base", "base_unguided"),
+        "`base` minus random weights": ("base", "base_random"),
+    }
+    lines = ["| set | groups | | Dice | AJI | PQ |", "|---" * 6 + "|"]
+    for name in ("cryonuseg", "monuseg"):
+        for title, files in pairs.items():
+            one, other = (read_scores(RESULTS / f"{file}.{name}.json") for file in files)
+            cells = " | ".join(paired_cells(one, other, by_group=True))
+            lines.append(f"| {SETS[name]} | {one['group'].nunique()} | {title} | {cells} |")
+    return "\n".join(lines)
+
+
 def noise() -> str:
     """Arms whose guide knows something minus the same with a guide of random weights, image by image."""
     chosen = experiment("table3")
@@ -542,7 +559,7 @@ def noise() -> str:
             if min(map(len, pair)):
                 same = sorted(set(pair[0]["id"]) & set(pair[1]["id"]))
                 one, other = (part.set_index("id").loc[same].reset_index() for part in pair)
-                cells = " | ".join(paired_cells(one, other))
+                cells = " | ".join(paired_cells(one, other, by_group=True))
                 lines.append(f"| {set_name} | {arm.title} | {len(same)} | {cells} |")
     return "\n".join(lines)
 
@@ -686,7 +703,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "robustness": robust, "robustness_limits": robust_limits, "sturdier": sturdier,
     "experiments": experiments, "cross_validated": cross_validated, "further": further,
     "errors": errors, "gaps": gaps, "stain": stain,
-    "operations": operations, "noise": noise, "lead": lead, "levelling": levelling,
+    "operations": operations, "unseen": unseen, "noise": noise, "lead": lead, "levelling": levelling,
 }
 
 

@@ -102,6 +102,33 @@ def test_an_interval_holds_the_mean_and_narrows_with_the_images():
     assert interval(values) == (low, high), "the draws are seeded"
 
 
+def test_an_interval_over_groups_is_as_wide_as_few_values_make_it():
+    """Eight organs of fifty images that are all alike: as an interval of eight values, not of 400."""
+    rng = np.random.default_rng(1)
+    organ = np.repeat(rng.permutation(8), 50)
+    values = rng.normal(0.8, 0.1, 8)[organ]
+    low, high = interval(values, [f"organ {number}" for number in organ])
+    assert (low, high) == pytest.approx(interval(values[::50]), abs=0.01)
+    of_images = interval(values)
+    assert high - low > 5 * (of_images[1] - of_images[0])
+
+
+def test_groups_count_by_their_images():
+    """One group of nine zeros and one of a one: drawing both gives 0.1, drawing one twice 0 or 1."""
+    assert interval([0] * 9 + [1], ["many"] * 9 + ["one"]) == (0, 1)
+    draws = {interval([0] * 9 + [1], ["many"] * 9 + ["one"], seed=seed, draws=1)[0] for seed in range(20)}
+    assert sorted(draws) == pytest.approx([0, 0.1, 1])
+
+
+def test_a_difference_may_be_over_groups():
+    one = pd.concat([scored([TRUTH["half"], FOUND["hit"]]).assign(id=[f"{i}a", f"{i}b"], group=f"organ {i}")
+                     for i in range(3)])
+    other = pd.concat([scored().assign(id=[f"{i}a", f"{i}b"], group=f"organ {i}") for i in range(3)])
+    dice = paired(one, other, by_group=True).set_index("metric").loc["dice"]
+    assert dice[["difference", "low", "high"]].tolist() == pytest.approx([0.25, 0.25, 0.25])      # each organ the same
+    assert paired(one, other).set_index("metric").loc["dice", "low"] < 0.25
+
+
 def test_a_better_model_differs_upwards():
     better, worse = scored([TRUTH["half"], FOUND["hit"]]), scored()
     difference = paired(better, worse).set_index("metric").loc["dice"]

@@ -276,12 +276,11 @@ def test_the_command_prints_tables_and_draws_figures(ran: Path, tmp_path: Path, 
 
 
 def made(out: Path, arm: str, fold: int, dice: dict[str, float]) -> None:
-    """A result file whose metrics are all the same."""
+    """A result file whose metrics are all the same; of each image the first letter names its organ."""
     place = out / "cryonuseg" / f"fold{fold}"
     place.mkdir(parents=True, exist_ok=True)
     names = [field.name for field in dataclasses.fields(Scores)]
-    same = {"dataset": "cryonuseg", "group": "g"}
-    rows = [{**same, "id": id, **dict.fromkeys(names, value)} for id, value in dice.items()]
+    rows = [{"dataset": "cryonuseg", "id": id, "group": id[0], **dict.fromkeys(names, value)} for id, value in dice.items()]
     (place / f"{arm}.json").write_text(json.dumps({"facts": {"arm": arm, "fold": fold, "seed": 0}, "images": rows}))
 
 
@@ -307,6 +306,14 @@ def test_means_are_over_images_and_spreads_over_folds(tmp_path: Path) -> None:
     assert rf"ReLU & {same} & {same} & {same} & {same} & 0.778 \\" in latex(rows, experiment("table2"))
     assert r"LeakyReLU & -- & -- & -- & -- & 0.793 \\" in latex(rows, experiment("table2"))
     assert r"{dsb\_he}" in latex(rows.assign(set="dsb_he"), experiment("table2"))      # _ alone would not compile
+
+
+def test_intervals_of_differences_are_of_whole_organs(tmp_path: Path) -> None:
+    """Organ a gains 0.1, organ b loses 0.1, both in ten images: one draw in four is of a alone, one of b alone."""
+    made(tmp_path, "relu", 0, {f"{organ}{i}": 0.5 for organ in "ab" for i in range(10)})
+    made(tmp_path, "silu", 0, {f"{organ}{i}": 0.6 if organ == "a" else 0.4 for organ in "ab" for i in range(10)})
+    apart = differences(results(tmp_path, experiment("table2")), experiment("table2")).set_index("metric")
+    assert apart.loc["dice", ["difference", "low", "high"]].tolist() == pytest.approx([0, -0.1, 0.1])
 
 
 def test_people_and_the_classical_method_stand_beside_the_arms_on_the_images_that_were_tested(tmp_path: Path) -> None:

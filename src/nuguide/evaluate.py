@@ -37,11 +37,23 @@ def evaluate(
     return pd.DataFrame(rows)
 
 
-def interval(values: Sequence[float] | np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """95% bootstrap interval of the mean over images (percentiles of `draws` resamples)."""
-    values = np.asarray(values, float)
-    picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
-    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
+def interval(
+    values: Sequence[float] | np.ndarray, groups: Sequence[str] | np.ndarray | None = None, seed: int = 0,
+    draws: int = 2000,
+) -> tuple[float, float]:
+    """95% bootstrap interval of the mean over images (percentiles of `draws` resamples).
+
+    Args:
+        groups: of each image: whole groups are drawn then, not single images, for images of one organ or patient are
+            alike. Of two or three groups the interval says little.
+    """
+    totals = np.asarray(values, float)
+    sizes = np.ones(len(totals))
+    if groups is not None:
+        group = np.unique(np.asarray(groups), return_inverse=True)[1]
+        totals, sizes = np.bincount(group, totals), np.bincount(group)
+    picks = np.random.default_rng(seed).integers(len(totals), size=(draws, len(totals)))
+    low, high = np.percentile(totals[picks].sum(axis=1) / sizes[picks].sum(axis=1), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -56,9 +68,11 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def paired(scores: pd.DataFrame, against: pd.DataFrame) -> pd.DataFrame:
+def paired(scores: pd.DataFrame, against: pd.DataFrame, *, by_group: bool = False) -> pd.DataFrame:
     """Image by image `scores` minus `against`: one row a metric, its mean with 95% interval, images better and worse.
 
+    Args:
+        by_group: the interval is of whole groups drawn, see `interval`.
     Raises:
         ValueError: they are not of the same images.
     """
@@ -69,7 +83,7 @@ def paired(scores: pd.DataFrame, against: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for name in SHOWN:
         difference = (both[name] - both[f"{name}_against"]).to_numpy()
-        low, high = interval(difference)
+        low, high = interval(difference, both["group"].to_numpy() if by_group else None)
         rows.append({"metric": name, "difference": difference.mean(), "low": low, "high": high,
                      "better": int((difference > 0).sum()), "worse": int((difference < 0).sum()), "n": len(both)})
     return pd.DataFrame(rows)

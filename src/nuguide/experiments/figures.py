@@ -75,7 +75,7 @@ def violins(rows: pd.DataFrame, experiment: Experiment, metric: str = "dice") ->
 
 
 def forest(rows: pd.DataFrame, experiment: Experiment, metrics: tuple[str, ...] = ("dice", "aji", "pq")) -> Figure:
-    """Each arm minus the reference, paired by image: mean and 95% bootstrap interval, one panel a metric."""
+    """Each arm minus the reference, paired by image: mean and 95% interval of `differences`, one panel a metric."""
     table = differences(rows, experiment)
     sets = sorted(table["set"].unique())
     arms = [arm.name for arm in experiment.arms if arm.name in set(table["arm"])]

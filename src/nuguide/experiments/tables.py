@@ -101,7 +101,8 @@ def summary(rows: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
 def differences(rows: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
     """Each arm minus the reference, image by image, on the images that both were tested on.
 
-    Columns: set, arm, title, metric, difference, low, high (95% bootstrap interval), better, worse, n.
+    Columns: set, arm, title, metric, difference, low, high (95% bootstrap interval; whole organs, patients or sources
+    are drawn), better, worse, n.
     """
     lines = []
     for set_name in sorted(rows["set"].unique()):
@@ -112,7 +113,7 @@ def differences(rows: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
             if arm.name == experiment.reference or not shared:
                 continue
             pair = [part.take(np.flatnonzero(np.isin(part["id"], shared))) for part in (of_arm, reference)]
-            lines.append(paired(*pair).assign(set=set_name, arm=arm.name, title=arm.title))
+            lines.append(paired(*pair, by_group=True).assign(set=set_name, arm=arm.name, title=arm.title))
     if not lines:
         names = ["set", "arm", "title", "metric", "difference", "low", "high", "better", "worse"]
         return pd.DataFrame(columns=pd.Index(names))

@@ -280,7 +280,8 @@ def made(out: Path, arm: str, fold: int, dice: dict[str, float]) -> None:
     place = out / "cryonuseg" / f"fold{fold}"
     place.mkdir(parents=True, exist_ok=True)
     names = [field.name for field in dataclasses.fields(Scores)]
-    rows = [{"dataset": "cryonuseg", "id": id, "group": id[0], **dict.fromkeys(names, value)} for id, value in dice.items()]
+    same = {"dataset": "cryonuseg"}
+    rows = [{**same, "id": id, "group": id[0], **dict.fromkeys(names, value)} for id, value in dice.items()]
     (place / f"{arm}.json").write_text(json.dumps({"facts": {"arm": arm, "fold": fold, "seed": 0}, "images": rows}))
 
 

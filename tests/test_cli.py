@@ -472,6 +472,16 @@ def test_evaluate_scores_every_image_of_every_data_set(tmp_path, model, capsys):
     assert "2 images" not in heard.out                  # before hours go into scores
 
 
+def test_evaluate_draws_whole_groups_for_its_intervals(tmp_path, model, capsys):
+    data = annotated(tmp_path / "mine", 3)
+    (data / "manifest.csv").write_text("id,group\n0,a\n1,a\n2,b\n")
+    assert nuguide("evaluate", data, "--model", model, "--by-group", *PLAIN) == 0
+    assert "mine, 3 images of 2 groups, drawn whole" in capsys.readouterr().out
+    (data / "manifest.csv").write_text("id,group\n0,a\n1,a\n2,a\n")
+    assert nuguide("evaluate", data, "--model", model, "--by-group", *PLAIN) == 2
+    assert "mine: all images are of one group; leave --by-group out" in capsys.readouterr().err
+
+
 def test_a_data_set_is_named_with_or_without_its_kind(tmp_path, model, capsys):
     data = annotated(tmp_path / "tnbc=mine", 1)         # a folder may be called like this, too
     for text in (data, f"folder={data}"):

@@ -127,6 +127,8 @@ def test_a_difference_may_be_over_groups():
     dice = paired(one, other, by_group=True).set_index("metric").loc["dice"]
     assert dice[["difference", "low", "high"]].tolist() == pytest.approx([0.25, 0.25, 0.25])      # each organ the same
     assert paired(one, other).set_index("metric").loc["dice", "low"] < 0.25
+    mean = summarize(other, by_group=True).set_index("metric").loc["dice"]
+    assert mean["low"] == mean["mean"] == mean["high"] > summarize(other).set_index("metric").loc["dice", "low"]
 
 
 def test_a_better_model_differs_upwards():

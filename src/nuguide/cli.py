@@ -340,6 +340,7 @@ def evaluate(
     precision: Precision = "auto",
     flips: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     min_probability: float = 0.0,
+    by_group: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> int:
     """Score a model on annotated images: Dice, AJI, PQ and more, each a mean over images with its 95% interval.
 
@@ -354,6 +355,8 @@ def evaluate(
         precision: Of the network.
         flips: Average over each image and its three mirror images.
         min_probability: Leave out nuclei that are less likely than this to be ones that an annotator would draw too.
+        by_group: Intervals for which whole organs, patients or slides are drawn, not single images: images of one are
+            alike. Of two or three such groups an interval says little.
     """
     import pandas as pd
 
@@ -364,6 +367,8 @@ def evaluate(
     parts = open_all(data, annotator)
     if split is not None:
         parts = [validation_part(part, split) for part in parts]
+    if by_group and (alone := [part.name for part in parts if len(set(part.groups)) < 2]):
+        raise UserError(f"{', '.join(alone)}: all images are of one group; leave --by-group out")
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"{out}: there is no such folder; make it first")
     tables = {}
@@ -371,11 +376,12 @@ def evaluate(
         predictor = load(name, device=device, precision=precision, flips=flips, min_probability=min_probability)
         tables[name] = [score_all(predictor, part, scored(part, name)) for part in parts]
     for index, part in enumerate(parts):
+        count = f"{len(part)} images" + (f" of {len(set(part.groups))} groups, drawn whole" if by_group else "")
         for name, scores in tables.items():
-            print(f"\n{part.name}, {len(part)} images, {name}:")
-            print(summarize(scores[index]).to_string(index=False, float_format="%.3f"))
+            print(f"\n{part.name}, {count}, {name}:")
+            print(summarize(scores[index], by_group=by_group).to_string(index=False, float_format="%.3f"))
         if against is not None:
-            difference = paired(tables[model][index], tables[against][index])
+            difference = paired(tables[model][index], tables[against][index], by_group=by_group)
             print(f"\n{part.name}, {model} minus {against}, image by image:")
             print(difference.to_string(index=False, float_format="%+.3f"))
     if out is not None:

@@ -57,12 +57,17 @@ def interval(
     return float(low), float(high)
 
 
-def summarize(scores: pd.DataFrame) -> pd.DataFrame:
-    """One row a metric: mean over images, standard deviation, 95% interval of the mean, n."""
+def summarize(scores: pd.DataFrame, *, by_group: bool = False) -> pd.DataFrame:
+    """One row a metric: mean over images, standard deviation, 95% interval of the mean, n.
+
+    Args:
+        by_group: the interval is of whole groups drawn, see `interval`.
+    """
     rows = []
+    groups = scores["group"].to_numpy() if by_group else None
     for name in SHOWN:
         values = scores[name].to_numpy()
-        low, high = interval(values)
+        low, high = interval(values, groups)
         rows.append({"metric": name, "mean": values.mean(), "sd": values.std(ddof=min(1, len(values) - 1)),
                      "low": low, "high": high, "n": len(values)})
     return pd.DataFrame(rows)

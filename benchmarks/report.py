@@ -564,11 +564,18 @@ def noise() -> str:
     return "\n".join(lines)
 
 
-def lead() -> str:
-    """NuInsSeg: guided arms minus the unguided one after 200 steps and after 600."""
+RUNS = {
+    "cryonuseg": {"200 of 8 x 128 px, fp32": EARLIER / "experiments_128px",
+                  "200 of 2 x 256 px, bf16": RESULTS / "experiments"},
+    "nuinsseg": {"200 of 8 x 128 px, fp32": EARLIER / "experiments_200",
+                 "600 of 8 x 128 px, bf16": RESULTS / "experiments"},
+}
+
+
+def lead(set_name: str) -> str:
+    """Guided arms minus the unguided one on a set, after trainings of other steps and patches."""
     chosen = experiment("table3")
-    rows = {steps: only(results(folder, chosen), set="nuinsseg") for steps, folder in
-            ((200, EARLIER / "experiments_200"), (600, RESULTS / "experiments"))}
+    rows = {steps: only(results(folder, chosen), set=set_name) for steps, folder in RUNS[set_name].items()}
     apart = {steps: differences(table, chosen).set_index(["arm", "metric"]) for steps, table in rows.items()}
     lines = ["| arm | steps | images | Dice | AJI | PQ | Dice, fold by fold |", "|---" * 7 + "|"]
     for arm in chosen.arms:

@@ -25,7 +25,7 @@ import robustness
 from nuguide import zoo
 from nuguide.evaluate import interval, paired, read_scores
 from nuguide.experiments.specs import experiment
-from nuguide.experiments.tables import curves, differences, markdown, only, results
+from nuguide.experiments.tables import curves, differences, facts_of, markdown, only, results
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -564,18 +564,14 @@ def noise() -> str:
     return "\n".join(lines)
 
 
-RUNS = {
-    "cryonuseg": {"200 of 8 x 128 px, fp32": EARLIER / "experiments_128px",
-                  "200 of 2 x 256 px, bf16": RESULTS / "experiments"},
-    "nuinsseg": {"200 of 8 x 128 px, fp32": EARLIER / "experiments_200",
-                 "600 of 8 x 128 px, bf16": RESULTS / "experiments"},
-}
+LONGER = RESULTS / "experiments_1200"
 
 
-def lead(set_name: str) -> str:
-    """Guided arms minus the unguided one on a set, after trainings of other steps and patches."""
+def lead() -> str:
+    """NuInsSeg: guided arms minus the unguided one after 200 steps and after 600."""
     chosen = experiment("table3")
-    rows = {steps: only(results(folder, chosen), set=set_name) for steps, folder in RUNS[set_name].items()}
+    rows = {steps: only(results(folder, chosen), set="nuinsseg") for steps, folder in
+            ((200, EARLIER / "experiments_200"), (600, RESULTS / "experiments"))}
     apart = {steps: differences(table, chosen).set_index(["arm", "metric"]) for steps, table in rows.items()}
     lines = ["| arm | steps | images | Dice | AJI | PQ | Dice, fold by fold |", "|---" * 7 + "|"]
     for arm in chosen.arms:
@@ -587,12 +583,59 @@ def lead(set_name: str) -> str:
                     for fold in sorted(set(one["fold"]))
                 ]
                 images = len(set(one["id"]) & set(other["id"]))
-                cells = []
-                for metric in ("dice", "aji", "pq"):
-                    row = table.loc[(arm.name, metric)]
-                    cells.append(f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})")
+                cells = [span(table.loc[(arm.name, metric)]) for metric in ("dice", "aji", "pq")]
                 cells.append(", ".join(f"{value:+.3f}" for value in folds))
                 lines.append(f"| {arm.title} | {steps} | {images} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def span(row: pd.Series) -> str:
+    """A difference and its interval."""
+    return f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+
+
+def of_arms(folder: Path, set_name: str, fold: int) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
+    """Of every arm of Tables 1 to 3 that was run there: its image rows, and its loss and validation Dice by epoch."""
+    found = {}
+    for arm in {arm.name: arm for table in ("table1", "table2", "table3") for arm in experiment(table).arms}.values():
+        file = folder / set_name / f"fold{fold}" / f"{arm.name}.json"
+        if file.is_file():
+            found[arm.title] = (read_scores(file), pd.DataFrame(facts_of(file)["curve"]))
+    return found
+
+
+def longer() -> str:
+    """NuInsSeg, fold 0: the arms after twice the steps."""
+    before, after = (of_arms(folder, "nuinsseg", 0) for folder in (RESULTS / "experiments", LONGER))
+    plain = experiment("table3").arm(experiment("table3").reference).title
+    lines = ["| arm | Dice: 600 steps | 1,200 steps | 1,200 minus 600: Dice | AJI | PQ "
+             "| Dice, minus eU-Net3+: 600 steps | 1,200 steps |", "|---" * 8 + "|"]
+    for title, (rows, _) in after.items():
+        change = paired(rows, before[title][0], by_group=True).set_index("metric")
+        leads = ["", ""] if title == plain else [
+            span(paired(part[title][0], part[plain][0], by_group=True).set_index("metric").loc["dice"])
+            for part in (before, after)
+        ]
+        cells = [f"{part['dice'].mean():.3f}" for part in (before[title][0], rows)]
+        cells += [span(change.loc[metric]) for metric in ("dice", "aji", "pq")]
+        lines.append(f"| {title} | {' | '.join(cells + leads)} |")
+    return "\n".join(lines)
+
+
+def patches() -> str:
+    """CryoNuSeg, fold 0: the arms trained on patches of 256 px, two at a time, beside eight of 128 px at a time."""
+    kinds = [of_arms(RESULTS / name, "cryonuseg", 0) for name in ("experiments", "patches128", "patches256")]
+    lines = ["| arm | best validation Dice: 8 x 128 px, fp32 / bf16 / 2 x 256 px, bf16 | its last 40 steps | Dice |",
+             "|---" * 4 + "|"]
+    for title in kinds[-1]:
+        cells = []
+        for what in (
+            lambda rows, curve: f"{curve['val_dice'].max():.3f}",
+            lambda rows, curve: f"{curve['val_dice'].iloc[-1] - curve['val_dice'].iloc[-3]:+.3f}",
+            lambda rows, curve: f"{rows['dice'].mean():.3f}",
+        ):
+            cells.append(" / ".join(what(*kind[title]) if title in kind else "–" for kind in kinds))
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -710,7 +753,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "robustness": robust, "robustness_limits": robust_limits, "sturdier": sturdier,
     "experiments": experiments, "cross_validated": cross_validated, "further": further,
     "errors": errors, "gaps": gaps, "stain": stain,
-    "operations": operations, "unseen": unseen, "noise": noise, "lead": lead, "levelling": levelling,
+    "operations": operations, "unseen": unseen, "noise": noise, "lead": lead,
+    "longer": longer, "patches": patches, "levelling": levelling,
 }
 
 

@@ -393,6 +393,21 @@ def test_curves_are_means_over_folds(tmp_path: Path) -> None:
     assert [np.asarray(line.get_ydata()).tolist() for line in dice.lines] == [[0.6]]
 
 
+def test_an_arm_has_one_color_in_all_panels_and_its_control_is_dashed() -> None:
+    """Cross-attention was run on both sets, concatenation on one: colors must not depend on what else was run."""
+    runs = [("cryonuseg", "cross"), ("nuinsseg", "concat"), ("nuinsseg", "cross"), ("nuinsseg", "cross_random")]
+    rows = [(name, arm, 0, step, 0.5, 0.5) for name, arm in runs for step in (10, 20)]
+    table = pd.DataFrame(rows, columns=pd.Index(["set", "arm", "fold", "step", "train_loss", "val_dice"]))
+    figure = training_curves(table, experiment("table3"))
+    looks = [{line.get_label(): (line.get_color(), line.get_linestyle()) for line in part.lines} for part in figure.axes]
+    cross, control = "guided, cross-attention (ours)", "guided, cross-attention, guide of random weights"
+    assert len({look[cross] for look in looks}) == 1
+    assert looks[2][control] == (looks[2][cross][0], "--") != looks[2][cross]
+    assert looks[2]["guided, concatenated"][0] != looks[2][cross][0]
+    (legend,) = figure.legends
+    assert {text.get_text() for text in legend.get_texts()} == set(looks[2])
+
+
 def test_curves_of_folds_of_unequal_length_are_averaged_by_epoch() -> None:
     rows = [("nuinsseg", "relu", fold, step, loss, 0.5) for fold, step, loss in
             ((0, 50, 0.8), (0, 100, 0.4), (1, 52, 0.6), (1, 104, 0.2))]

@@ -102,12 +102,16 @@ def forest(rows: pd.DataFrame, experiment: Experiment, metrics: tuple[str, ...] 
 def training_curves(table: pd.DataFrame, experiment: Experiment) -> Figure:
     """Training loss and validation Dice over steps, the mean over folds of each arm; a row a set.
 
+    An arm has one color in all panels; that with a guide of random weights is dashed, in the color of its guided one.
+
     Args:
         table: of `tables.curves`; not empty.
     """
     sets = sorted(table["set"].unique())
-    figure = Figure(figsize=(9, 3 * len(sets)), layout="constrained")
+    figure = Figure(figsize=(9, 3 * len(sets) + 0.8), layout="constrained")
     grid = np.reshape(figure.subplots(len(sets), 2), (len(sets), 2))
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(plain_name(arm.name) for arm in experiment.arms))}
+    drawn = {}
     for panels_of_set, set_name in zip(grid, sets, strict=True):
         for axes, column, title in zip(
             panels_of_set, ("train_loss", "val_dice"), ("training loss", "validation Dice"), strict=True
@@ -117,11 +121,21 @@ def training_curves(table: pd.DataFrame, experiment: Experiment) -> Figure:
                 if len(of_arm):
                     epoch = of_arm.groupby("fold").cumcount()           # folds may take a few steps more or fewer
                     mean = of_arm.groupby(epoch)[["step", column]].mean()
-                    axes.plot(mean["step"], mean[column], marker=".", linewidth=1, label=arm.title)
+                    plain = plain_name(arm.name)
+                    (drawn[arm.title],) = axes.plot(
+                        mean["step"], mean[column], "-" if plain == arm.name else "--", color=colors[plain], marker=".",
+                        linewidth=1, label=arm.title,
+                    )
             axes.set(title=f"{set_name}: {title}", xlabel="step")
             axes.grid(alpha=0.3)
-    grid[0, 1].legend(fontsize=7)
+    listed = [drawn[arm.title] for arm in experiment.arms if arm.title in drawn]
+    figure.legend(handles=listed, loc="outside lower center", ncols=2, fontsize=7)
     return figure
+
+
+def plain_name(arm: str) -> str:
+    """The name of the arm that one with a guide of random weights is the control of; of any other, its own."""
+    return arm.removesuffix("_random")
 
 
 def components(guide: FrozenGuide, image_rgb: np.ndarray, count: int = 3) -> np.ndarray:

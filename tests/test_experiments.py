@@ -399,7 +399,7 @@ def test_an_arm_has_one_color_in_all_panels_and_its_control_is_dashed() -> None:
     rows = [(name, arm, 0, step, 0.5, 0.5) for name, arm in runs for step in (10, 20)]
     table = pd.DataFrame(rows, columns=pd.Index(["set", "arm", "fold", "step", "train_loss", "val_dice"]))
     figure = training_curves(table, experiment("table3"))
-    looks = [{line.get_label(): (line.get_color(), line.get_linestyle()) for line in part.lines} for part in figure.axes]
+    looks = [{line.get_label(): (line.get_color(), line.get_linestyle()) for line in one.lines} for one in figure.axes]
     cross, control = "guided, cross-attention (ours)", "guided, cross-attention, guide of random weights"
     assert len({look[cross] for look in looks}) == 1
     assert looks[2][control] == (looks[2][cross][0], "--") != looks[2][cross]

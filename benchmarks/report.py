@@ -605,20 +605,33 @@ def of_arms(folder: Path, set_name: str, fold: int) -> dict[str, tuple[pd.DataFr
 
 
 def longer() -> str:
-    """NuInsSeg, fold 0: the arms after twice the steps."""
-    before, after = (of_arms(folder, "nuinsseg", 0) for folder in (RESULTS / "experiments", LONGER))
+    """NuInsSeg, fold 0: the arms after twice the steps, and how far each is from the unguided one."""
+    runs = {612: of_arms(RESULTS / "experiments", "nuinsseg", 0), 1230: of_arms(LONGER, "nuinsseg", 0)}
     plain = experiment("table3").arm(experiment("table3").reference).title
-    lines = ["| arm | Dice: 600 steps | 1,200 steps | 1,200 minus 600: Dice | AJI | PQ "
-             "| Dice, minus eU-Net3+: 600 steps | 1,200 steps |", "|---" * 8 + "|"]
-    for title, (rows, _) in after.items():
-        change = paired(rows, before[title][0], by_group=True).set_index("metric")
-        leads = ["", ""] if title == plain else [
-            span(paired(part[title][0], part[plain][0], by_group=True).set_index("metric").loc["dice"])
-            for part in (before, after)
-        ]
-        cells = [f"{part['dice'].mean():.3f}" for part in (before[title][0], rows)]
-        cells += [span(change.loc[metric]) for metric in ("dice", "aji", "pq")]
-        lines.append(f"| {title} | {' | '.join(cells + leads)} |")
+    heads = ("Dice", "AJI", "PQ", *(f"{name}, minus {plain}" for name in ("Dice", "AJI", "PQ")))
+    lines = [f"| arm | steps | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+    for title in runs[1230]:
+        for steps, arms in runs.items():
+            rows, metrics = arms[title][0], ("dice", "aji", "pq")
+            cells = [f"{rows[metric].mean():.3f}" for metric in metrics]
+            apart = paired(rows, arms[plain][0], by_group=True).set_index("metric")
+            cells += [""] * 3 if title == plain else [span(apart.loc[metric]) for metric in metrics]
+            lines.append(f"| {title} | {steps:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def longer_curves() -> str:
+    """NuInsSeg, fold 0: how far loss and validation Dice moved in the last sixth of 612 and of 1,230 steps."""
+    before, after = (of_arms(folder, "nuinsseg", 0) for folder in (RESULTS / "experiments", LONGER))
+    lines = ["| arm | loss at the end: 612 / 1,230 steps | fall in the last sixth | validation Dice at the end "
+             "| rise in the last sixth |", "|---" * 5 + "|"]
+    for title in after:
+        cells = []
+        for column, sign in (("train_loss", -1), ("val_dice", 1)):
+            values = [part[title][1][column].to_numpy() for part in (before, after)]
+            cells.append(" / ".join(f"{value[-1]:.3f}" for value in values))
+            cells.append(" / ".join(f"{sign * (value[-1] - value[-2]):+.3f}" for value in values))
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -754,7 +767,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "experiments": experiments, "cross_validated": cross_validated, "further": further,
     "errors": errors, "gaps": gaps, "stain": stain,
     "operations": operations, "unseen": unseen, "noise": noise, "lead": lead,
-    "longer": longer, "patches": patches, "levelling": levelling,
+    "longer": longer, "longer_curves": longer_curves, "patches": patches, "levelling": levelling,
 }
 
 

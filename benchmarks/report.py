@@ -30,6 +30,7 @@ from nuguide.experiments.tables import curves, differences, facts_of, markdown, 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 EARLIER = RESULTS / "earlier"
+LONGER = RESULTS / "experiments_1200"       # the arms of a fold of NuInsSeg at twice the steps
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(zoo.MODELS.glob(f"*/{zoo.CARD}")))
 RESULTS_OF = {"small": "default", "small-unguided": "unguided"}      # result files not called as the model is
 SETS = {
@@ -198,14 +199,18 @@ def differences_of(one: pd.DataFrame, other: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def span(row: pd.Series) -> str:
+    """A difference and its interval, of a row of `paired`."""
+    return f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+
+
 def paired_cells(one: pd.DataFrame, other: pd.DataFrame, *, by_group: bool = False) -> list[str]:
     """Dice, AJI and PQ of some image rows minus those of others, image by image; `by_group` as of `paired`."""
     rows = paired(one, other, by_group=by_group).set_index("metric")
     cells = []
     for metric in ("dice", "aji", "pq"):
         row = rows.loc[metric]
-        span = f"{row['low']:+.3f} to {row['high']:+.3f}"
-        cells.append(f"{row['difference']:+.3f} ({span}), {int(row['better'])} up {int(row['worse'])} down")
+        cells.append(f"{span(row)}, {int(row['better'])} up {int(row['worse'])} down")
     return cells
 
 
@@ -564,9 +569,6 @@ def noise() -> str:
     return "\n".join(lines)
 
 
-LONGER = RESULTS / "experiments_1200"
-
-
 def lead() -> str:
     """NuInsSeg: guided arms minus the unguided one after 200 steps and after 600."""
     chosen = experiment("table3")
@@ -587,11 +589,6 @@ def lead() -> str:
                 cells.append(", ".join(f"{value:+.3f}" for value in folds))
                 lines.append(f"| {arm.title} | {steps} | {images} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def span(row: pd.Series) -> str:
-    """A difference and its interval."""
-    return f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
 
 
 def of_arms(folder: Path, set_name: str, fold: int) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:

@@ -371,6 +371,18 @@ def test_enlarging_keeps_a_constant_and_lanczos_a_wave() -> None:
     assert off["lanczos"] < 0.02 < 0.05 < off["bilinear"]
 
 
+def test_rows_and_columns_are_enlarged_by_the_same_taps() -> None:
+    """A sample far from the border becomes the product of its taps along rows and along columns, whichever way."""
+    lone = torch.zeros(1, 2, 15, 13)
+    lone[0, 1, 7, 6] = 1
+    for taps in enlarging_taps():
+        line = taps.flip(1).T.flatten()                                   # from two samples per tap, the far one first
+        made = enlarged(lone, taps)
+        torch.testing.assert_close(made[0, 1, 4:26, 2:24], torch.outer(line, line))
+        assert made[0, 0].count_nonzero() == 0
+        torch.testing.assert_close(enlarged(lone.mT, taps), made.mT)
+
+
 def test_mixing_before_enlarging_is_mixing_after() -> None:
     torch.manual_seed(0)
     up, x = SmoothUp(3), normal(2, 3, 4, 5)

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -24,6 +24,8 @@ from .recipe import TrainOptions
 from .types import UserError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from .datasets import Dataset
     from .fanout import Job, Outcome
     from .slide_run import Engine, SlideOptions
@@ -361,7 +363,7 @@ def evaluate(
     import pandas as pd
 
     from .evaluate import evaluate as score_all
-    from .evaluate import paired, summarize, write_scores
+    from .evaluate import write_scores
     from .predict import load
 
     parts = open_all(data, annotator)
@@ -376,14 +378,7 @@ def evaluate(
         predictor = load(name, device=device, precision=precision, flips=flips, min_probability=min_probability)
         tables[name] = [score_all(predictor, part, scored(part, name)) for part in parts]
     for index, part in enumerate(parts):
-        count = f"{len(part)} images" + (f" of {len(set(part.groups))} groups, drawn whole" if by_group else "")
-        for name, scores in tables.items():
-            print(f"\n{part.name}, {count}, {name}:")
-            print(summarize(scores[index], by_group=by_group).to_string(index=False, float_format="%.3f"))
-        if against is not None:
-            difference = paired(tables[model][index], tables[against][index], by_group=by_group)
-            print(f"\n{part.name}, {model} minus {against}, image by image:")
-            print(difference.to_string(index=False, float_format="%+.3f"))
+        print_scores(part, {name: scores[index] for name, scores in tables.items()}, by_group)
     if out is not None:
         facts = {"code": f"nuguide {__version__}", "model": model, "data": list(data), "annotator": annotator,
                  "split": None if split is None else str(split), "precision": precision, "flips": flips,
@@ -391,6 +386,24 @@ def evaluate(
         write_scores(out, pd.concat(tables[model], ignore_index=True), facts)
         print(f"\nscores of every image: {out}")
     return 0
+
+
+def print_scores(part: Dataset, tables: Mapping[str, pd.DataFrame], by_group: bool) -> None:
+    """Print what models scored on a data set, and of two what the first is above the second, image by image.
+
+    Args:
+        tables: by model, of `evaluate.evaluate`; one or two. by_group: as of `evaluate.interval`.
+    """
+    from .evaluate import paired, summarize
+
+    count = f"{len(part)} images" + (f" of {len(set(part.groups))} groups, drawn whole" if by_group else "")
+    for name, scores in tables.items():
+        print(f"\n{part.name}, {count}, {name}:")
+        print(summarize(scores, by_group=by_group).to_string(index=False, float_format="%.3f"))
+    if len(tables) == 2:
+        difference = paired(*tables.values(), by_group=by_group)
+        print(f"\n{part.name}, {' minus '.join(tables)}, image by image:")
+        print(difference.to_string(index=False, float_format="%+.3f"))
 
 
 def scored(part: Dataset, model: str) -> Callable[[int], None]:

@@ -14,9 +14,9 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,7 @@ from nuguide.experiments.tables import curves, differences, facts_of, markdown, 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 EARLIER = RESULTS / "earlier"
-LONGER = RESULTS / "experiments_1200"       # the arms of a fold of NuInsSeg at twice the steps
+LONGER = RESULTS / "experiments_1200"       # the arms on NuInsSeg at twice the steps
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(zoo.MODELS.glob(f"*/{zoo.CARD}")))
 RESULTS_OF = {"small": "default", "small-unguided": "unguided"}      # result files not called as the model is
 SETS = {
@@ -591,41 +591,69 @@ def lead() -> str:
     return "\n".join(lines)
 
 
-def of_arms(folder: Path, set_name: str, fold: int) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
-    """Of every arm of Tables 1 to 3 that was run there: its image rows, and its loss and validation Dice by epoch."""
-    found = {}
+class ArmRun(NamedTuple):
+    """A run of an arm: its image rows, and its loss and validation Dice by epoch."""
+
+    fold: int
+    rows: pd.DataFrame
+    curve: pd.DataFrame
+
+
+def of_arms(folder: Path, set_name: str, folds: Sequence[int]) -> dict[str, list[ArmRun]]:
+    """The runs of every arm of Tables 1 to 3 in these folds, by its title; arms that were run in none are left out."""
+    found: dict[str, list[ArmRun]] = {}
     for arm in {arm.name: arm for table in ("table1", "table2", "table3") for arm in experiment(table).arms}.values():
-        file = folder / set_name / f"fold{fold}" / f"{arm.name}.json"
-        if file.is_file():
-            found[arm.title] = (read_scores(file), pd.DataFrame(facts_of(file)["curve"]))
+        for fold in folds:
+            file = folder / set_name / f"fold{fold}" / f"{arm.name}.json"
+            if file.is_file():
+                curve = pd.DataFrame(facts_of(file)["curve"])
+                found.setdefault(arm.title, []).append(ArmRun(fold, read_scores(file), curve))
     return found
 
 
+def longer_pairs() -> dict[str, dict[int, list[ArmRun]]]:
+    """NuInsSeg's arms after 600 and after 1,200 steps, in the folds where both were run: title, then steps."""
+    before, after = (of_arms(folder, "nuinsseg", range(3)) for folder in (RESULTS / "experiments", LONGER))
+    pairs = {}
+    for title, runs in after.items():
+        both = {run.fold for run in runs} & {run.fold for run in before[title]}
+        pairs[title] = {
+            steps: [run for run in some if run.fold in both] for steps, some in ((600, before[title]), (1200, runs))
+        }
+    return pairs
+
+
 def longer() -> str:
-    """NuInsSeg, fold 0: the arms after twice the steps, and how far each is from the unguided one."""
-    runs = {612: of_arms(RESULTS / "experiments", "nuinsseg", 0), 1230: of_arms(LONGER, "nuinsseg", 0)}
+    """NuInsSeg: the arms after twice the steps, and how far each is from the unguided one in the same folds."""
+    pairs = longer_pairs()
     plain = experiment("table3").arm(experiment("table3").reference).title
-    heads = ("Dice", "AJI", "PQ", *(f"{name}, minus {plain}" for name in ("Dice", "AJI", "PQ")))
-    lines = [f"| arm | steps | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
-    for title in runs[1230]:
-        for steps, arms in runs.items():
-            rows, metrics = arms[title][0], ("dice", "aji", "pq")
+    heads = ("Dice", "AJI", "PQ", *(f"{name}, minus {plain}" for name in ("Dice", "AJI", "PQ")), "Dice, fold by fold")
+    lines = [f"| arm | folds | steps | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]
+    for title, by_steps in pairs.items():
+        for steps, runs in by_steps.items():
+            metrics, reference = ("dice", "aji", "pq"), {run.fold: run.rows for run in pairs[plain][steps]}
+            rows = pd.concat([run.rows for run in runs], ignore_index=True)
             cells = [f"{rows[metric].mean():.3f}" for metric in metrics]
-            apart = paired(rows, arms[plain][0], by_group=True).set_index("metric")
-            cells += [""] * 3 if title == plain else [span(apart.loc[metric]) for metric in metrics]
-            lines.append(f"| {title} | {steps:,} | {' | '.join(cells)} |")
+            if title == plain:
+                cells += [""] * 4
+            else:
+                others = pd.concat([reference[run.fold] for run in runs], ignore_index=True)
+                apart = paired(rows, others, by_group=True).set_index("metric")
+                cells += [span(apart.loc[metric]) for metric in metrics]
+                folds = (run.rows["dice"].mean() - reference[run.fold]["dice"].mean() for run in runs)
+                cells.append(", ".join(f"{value:+.3f}" for value in folds))
+            lines.append(f"| {title} | {len(runs)} | {steps:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def longer_curves() -> str:
-    """NuInsSeg, fold 0: how far loss and validation Dice moved in the last sixth of 612 and of 1,230 steps."""
-    before, after = (of_arms(folder, "nuinsseg", 0) for folder in (RESULTS / "experiments", LONGER))
-    lines = ["| arm | loss at the end: 612 / 1,230 steps | fall in the last sixth | validation Dice at the end "
-             "| rise in the last sixth |", "|---" * 5 + "|"]
-    for title in after:
-        cells = []
+    """NuInsSeg: how far loss and validation Dice moved in the last sixth of 600 and of 1,200 steps, mean over folds."""
+    lines = ["| arm | folds | loss at the end: 600 / 1,200 steps | fall in the last sixth | validation Dice at the end "
+             "| rise in the last sixth |", "|---" * 6 + "|"]
+    for title, by_steps in longer_pairs().items():
+        cells = [str(len(by_steps[1200]))]
         for column, sign in (("train_loss", -1), ("val_dice", 1)):
-            values = [part[title][1][column].to_numpy() for part in (before, after)]
+            values = [np.mean([run.curve[column].to_numpy() for run in runs], axis=0) for runs in by_steps.values()]
             cells.append(" / ".join(f"{value[-1]:.3f}" for value in values))
             cells.append(" / ".join(f"{sign * (value[-1] - value[-2]):+.3f}" for value in values))
         lines.append(f"| {title} | {' | '.join(cells)} |")
@@ -634,7 +662,7 @@ def longer_curves() -> str:
 
 def patches() -> str:
     """CryoNuSeg, fold 0: the arms trained on patches of 256 px, two at a time, beside eight of 128 px at a time."""
-    kinds = [of_arms(RESULTS / name, "cryonuseg", 0) for name in ("experiments", "patches128", "patches256")]
+    kinds = [of_arms(RESULTS / name, "cryonuseg", [0]) for name in ("experiments", "patches128", "patches256")]
     lines = ["| arm | best validation Dice: 8 x 128 px, fp32 / bf16 / 2 x 256 px, bf16 | its last 40 steps | Dice |",
              "|---" * 4 + "|"]
     for title in kinds[-1]:
@@ -644,7 +672,8 @@ def patches() -> str:
             lambda rows, curve: f"{curve['val_dice'].iloc[-1] - curve['val_dice'].iloc[-3]:+.3f}",
             lambda rows, curve: f"{rows['dice'].mean():.3f}",
         ):
-            cells.append(" / ".join(what(*kind[title]) if title in kind else "–" for kind in kinds))
+            runs = [kind[title][0] if title in kind else None for kind in kinds]
+            cells.append(" / ".join("–" if run is None else what(run.rows, run.curve) for run in runs))
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

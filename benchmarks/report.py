@@ -25,12 +25,13 @@ import robustness
 from nuguide import zoo
 from nuguide.evaluate import interval, paired, read_scores
 from nuguide.experiments.specs import experiment
-from nuguide.experiments.tables import curves, differences, facts_of, markdown, only, results
+from nuguide.experiments.tables import facts_of, markdown, only, results
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 EARLIER = RESULTS / "earlier"
-LONGER = RESULTS / "experiments_1200"       # the arms on NuInsSeg at twice the steps
+ARMS = RESULTS / "experiments"              # of the papers' experiments
+BY_STEPS = {200: EARLIER / "experiments_200", 600: EARLIER / "experiments_600", 1200: ARMS}     # NuInsSeg's, by length
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(zoo.MODELS.glob(f"*/{zoo.CARD}")))
 RESULTS_OF = {"small": "default", "small-unguided": "unguided"}      # result files not called as the model is
 SETS = {
@@ -533,7 +534,7 @@ def robust_limits() -> str:
 def experiments(name: str) -> str:
     """The arms of an experiment of the papers, and their differences."""
     chosen = experiment(name)
-    return markdown(results(RESULTS / "experiments", chosen), chosen, RESULTS)
+    return markdown(results(ARMS, chosen), chosen, RESULTS)
 
 
 def unseen() -> str:
@@ -556,38 +557,16 @@ def unseen() -> str:
 def noise() -> str:
     """Arms whose guide knows something minus the same with a guide of random weights, image by image."""
     chosen = experiment("table3")
-    rows = results(RESULTS / "experiments", chosen)
-    lines = ["| set | arm | images | Dice | AJI | PQ |", "|---" * 6 + "|"]
-    for set_name in sorted(rows["set"].unique()):
+    lines = ["| set | steps | arm | images | Dice | AJI | PQ |", "|---" * 7 + "|"]
+    for set_name, steps, folder in (("cryonuseg", 200, ARMS), *(("nuinsseg", n, BY_STEPS[n]) for n in (600, 1200))):
+        rows = only(results(folder, chosen), set=set_name)
         for arm in chosen.arms:
-            pair = [only(rows, set=set_name, arm=name) for name in (arm.name, f"{arm.name}_random")]
+            pair = [only(rows, arm=name) for name in (arm.name, f"{arm.name}_random")]
             if min(map(len, pair)):
                 same = sorted(set(pair[0]["id"]) & set(pair[1]["id"]))
                 one, other = (part.set_index("id").loc[same].reset_index() for part in pair)
                 cells = " | ".join(paired_cells(one, other, by_group=True))
-                lines.append(f"| {set_name} | {arm.title} | {len(same)} | {cells} |")
-    return "\n".join(lines)
-
-
-def lead() -> str:
-    """NuInsSeg: guided arms minus the unguided one after 200 steps and after 600."""
-    chosen = experiment("table3")
-    rows = {steps: only(results(folder, chosen), set="nuinsseg") for steps, folder in
-            ((200, EARLIER / "experiments_200"), (600, RESULTS / "experiments"))}
-    apart = {steps: differences(table, chosen).set_index(["arm", "metric"]) for steps, table in rows.items()}
-    lines = ["| arm | steps | images | Dice | AJI | PQ | Dice, fold by fold |", "|---" * 7 + "|"]
-    for arm in chosen.arms:
-        for steps, table in apart.items():
-            if arm.name in table.index.get_level_values("arm"):
-                one, other = (only(rows[steps], arm=name) for name in (arm.name, chosen.reference))
-                folds = [
-                    np.subtract(*(only(part, fold=fold)["dice"].to_numpy().mean() for part in (one, other)))
-                    for fold in sorted(set(one["fold"]))
-                ]
-                images = len(set(one["id"]) & set(other["id"]))
-                cells = [span(table.loc[(arm.name, metric)]) for metric in ("dice", "aji", "pq")]
-                cells.append(", ".join(f"{value:+.3f}" for value in folds))
-                lines.append(f"| {arm.title} | {steps} | {images} | {' | '.join(cells)} |")
+                lines.append(f"| {set_name} | {steps:,} | {arm.title} | {len(same)} | {cells} |")
     return "\n".join(lines)
 
 
@@ -611,59 +590,53 @@ def of_arms(folder: Path, set_name: str, folds: Sequence[int]) -> dict[str, list
     return found
 
 
-def longer_pairs() -> dict[str, dict[int, list[ArmRun]]]:
-    """NuInsSeg's arms after 600 and after 1,200 steps, in the folds where both were run: title, then steps."""
-    before, after = (of_arms(folder, "nuinsseg", range(3)) for folder in (RESULTS / "experiments", LONGER))
-    pairs = {}
-    for title, runs in after.items():
-        both = {run.fold for run in runs} & {run.fold for run in before[title]}
-        pairs[title] = {
-            steps: [run for run in some if run.fold in both] for steps, some in ((600, before[title]), (1200, runs))
-        }
-    return pairs
-
-
-def longer() -> str:
-    """NuInsSeg: the arms after twice the steps, and how far each is from the unguided one in the same folds."""
-    pairs = longer_pairs()
+def lead() -> str:
+    """NuInsSeg: the arms after 200, 600 and 1,200 steps, and each minus the unguided one in the same folds."""
     plain = experiment("table3").arm(experiment("table3").reference).title
-    heads = ("Dice", "AJI", "PQ", *(f"{name}, minus {plain}" for name in ("Dice", "AJI", "PQ")), "Dice, fold by fold")
-    lines = [f"| arm | folds | steps | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]
-    for title, by_steps in pairs.items():
-        for steps, runs in by_steps.items():
-            metrics, reference = ("dice", "aji", "pq"), {run.fold: run.rows for run in pairs[plain][steps]}
-            rows = pd.concat([run.rows for run in runs], ignore_index=True)
-            cells = [f"{rows[metric].mean():.3f}" for metric in metrics]
+    by_steps = {steps: of_arms(folder, "nuinsseg", range(3)) for steps, folder in BY_STEPS.items()}
+    lines = [f"| arm | steps | folds | Dice | minus {plain}: Dice | AJI | PQ | Dice, fold by fold |", "|---" * 8 + "|"]
+    for title in dict.fromkeys(title for arms in by_steps.values() for title in arms):
+        for steps, arms in by_steps.items():
+            if title not in arms:
+                continue
+            reference = {run.fold: run.rows for run in arms[plain]}
+            rows = pd.concat([run.rows for run in arms[title]], ignore_index=True)
+            cells = [f"{steps:,}", str(len(arms[title])), f"{rows['dice'].mean():.3f}"]
             if title == plain:
                 cells += [""] * 4
             else:
-                others = pd.concat([reference[run.fold] for run in runs], ignore_index=True)
+                others = pd.concat([reference[run.fold] for run in arms[title]], ignore_index=True)
                 apart = paired(rows, others, by_group=True).set_index("metric")
-                cells += [span(apart.loc[metric]) for metric in metrics]
-                folds = (run.rows["dice"].mean() - reference[run.fold]["dice"].mean() for run in runs)
+                cells += [span(apart.loc[metric]) for metric in ("dice", "aji", "pq")]
+                folds = (run.rows["dice"].mean() - reference[run.fold]["dice"].mean() for run in arms[title])
                 cells.append(", ".join(f"{value:+.3f}" for value in folds))
-            lines.append(f"| {title} | {len(runs)} | {steps:,} | {' | '.join(cells)} |")
+            lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def longer_curves() -> str:
-    """NuInsSeg: how far loss and validation Dice moved in the last sixth of 600 and of 1,200 steps, mean over folds."""
-    lines = ["| arm | folds | loss at the end: 600 / 1,200 steps | fall in the last sixth | validation Dice at the end "
-             "| rise in the last sixth |", "|---" * 6 + "|"]
-    for title, by_steps in longer_pairs().items():
-        cells = [str(len(by_steps[1200]))]
-        for column, sign in (("train_loss", -1), ("val_dice", 1)):
-            values = [np.mean([run.curve[column].to_numpy() for run in runs], axis=0) for runs in by_steps.values()]
-            cells.append(" / ".join(f"{value[-1]:.3f}" for value in values))
-            cells.append(" / ".join(f"{sign * (value[-1] - value[-2]):+.3f}" for value in values))
+def twice() -> str:
+    """CryoNuSeg: the arms trained in fp32 by an earlier version, and again in bf16; each minus eU-Net3+ of its kind."""
+    kinds = [of_arms(folder, "cryonuseg", range(5)) for folder in (EARLIER / "experiments_fp32", ARMS)]
+    plain = experiment("table3").arm(experiment("table3").reference).title
+    heads = ("Dice, fp32", "bf16", f"Dice minus {plain}, fp32", "bf16", "AJI minus it, fp32", "bf16")
+    lines = [f"| arm | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for title in kinds[0]:
+        rows = [pd.concat([run.rows for run in arms[title]], ignore_index=True) for arms in kinds]
+        cells = [f"{part['dice'].mean():.3f}" for part in rows]
+        if title == plain:
+            cells += [""] * 4
+        else:
+            others = [pd.concat([run.rows for run in arms[plain]], ignore_index=True) for arms in kinds]
+            apart = [paired(*pair, by_group=True).set_index("metric") for pair in zip(rows, others, strict=True)]
+            cells += [span(part.loc[metric]) for metric in ("dice", "aji") for part in apart]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def patches() -> str:
     """CryoNuSeg, fold 0: the arms trained on patches of 256 px, two at a time, beside eight of 128 px at a time."""
-    kinds = [of_arms(RESULTS / name, "cryonuseg", [0]) for name in ("experiments", "patches128", "patches256")]
-    lines = ["| arm | best validation Dice: 8 x 128 px, fp32 / bf16 / 2 x 256 px, bf16 | its last 40 steps | Dice |",
+    kinds = [of_arms(folder, "cryonuseg", [0]) for folder in (ARMS, RESULTS / "patches256")]
+    lines = ["| arm | best validation Dice: 8 x 128 px / 2 x 256 px | its last 40 steps | Dice |",
              "|---" * 4 + "|"]
     for title in kinds[-1]:
         cells = []
@@ -680,22 +653,25 @@ def patches() -> str:
 
 def levelling() -> str:
     """How far loss and validation Dice of each arm still moved at its end: 2 of 10 epochs, 1 of 6; mean over folds."""
-    lines = ["| set | arm | loss: fall in all | at the end | validation Dice: change at the end |",
-             "|---" * 5 + "|"]
-    seen = set()
-    for chosen in map(experiment, ("table1", "table2", "table3")):
-        table = curves(RESULTS / "experiments", chosen)
-        table["epoch"] = table.groupby(["set", "arm", "fold"]).cumcount()
-        for (set_name, arm), runs in table.groupby(["set", "arm"]):  # pyright: ignore[reportGeneralTypeIssues]
-            if (set_name, arm) in seen:
-                continue
-            seen.add((set_name, arm))
-            mean = runs.groupby("epoch")[["train_loss", "val_dice"]].mean().to_numpy()
-            before = mean[-1 - max(len(mean) // 5, 1)]
-            moved = mean[-1] - before
-            cells = f"{mean[0, 0] - mean[-1, 0]:.3f} | {-moved[0]:.3f} | {moved[1]:+.3f}"
-            lines.append(f"| {set_name} | {chosen.arm(str(arm)).title} | {cells} |")
-    return "\n".join([*lines[:2], *sorted(lines[2:])])
+    lines = ["| set | arm | loss at the end | its fall before | validation Dice at the end | its change before |",
+             "|---" * 6 + "|"]
+    for set_name, folders in (("cryonuseg", [ARMS]), ("nuinsseg", [BY_STEPS[600], BY_STEPS[1200]])):
+        lengths = [of_arms(folder, set_name, range(5)) for folder in folders]
+        for title in dict.fromkeys(title for arms in lengths for title in arms):
+            columns: list[list[str]] = [[], [], [], []]
+            for arms in lengths:
+                if title not in arms:
+                    values = ["–"] * 4
+                else:
+                    curve = [run.curve[["train_loss", "val_dice"]].to_numpy() for run in arms[title]]
+                    loss, dice = np.mean(curve, axis=0).T
+                    before = -1 - max(len(loss) // 5, 1)
+                    values = [f"{loss[-1]:.3f}", f"{loss[before] - loss[-1]:+.3f}",
+                              f"{dice[-1]:.3f}", f"{dice[-1] - dice[before]:+.3f}"]
+                for column, value in zip(columns, values, strict=True):
+                    column.append(value)
+            lines.append(f"| {set_name} | {title} | {' | '.join(' / '.join(column) for column in columns)} |")
+    return "\n".join(lines)
 
 
 def gaps() -> str:
@@ -793,7 +769,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "experiments": experiments, "cross_validated": cross_validated, "further": further,
     "errors": errors, "gaps": gaps, "stain": stain,
     "operations": operations, "unseen": unseen, "noise": noise, "lead": lead,
-    "longer": longer, "longer_curves": longer_curves, "patches": patches, "levelling": levelling,
+    "twice": twice, "patches": patches, "levelling": levelling,
 }
 
 

@@ -653,20 +653,20 @@ def patches() -> str:
 
 def levelling() -> str:
     """How far loss and validation Dice of each arm still moved at its end: 2 of 10 epochs, 1 of 6; mean over folds."""
-    lines = ["| set | arm | loss at the end | its fall before | validation Dice at the end | its change before |",
-             "|---" * 6 + "|"]
+    heads = ("loss at the end", "its fall in all", "at last", "validation Dice at the end", "its last change")
+    lines = [f"| set | arm | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
     for set_name, folders in (("cryonuseg", [ARMS]), ("nuinsseg", [BY_STEPS[600], BY_STEPS[1200]])):
         lengths = [of_arms(folder, set_name, range(5)) for folder in folders]
         for title in dict.fromkeys(title for arms in lengths for title in arms):
-            columns: list[list[str]] = [[], [], [], []]
+            columns: list[list[str]] = [[] for _ in heads]
             for arms in lengths:
                 if title not in arms:
-                    values = ["–"] * 4
+                    values = ["–"] * len(heads)
                 else:
                     curve = [run.curve[["train_loss", "val_dice"]].to_numpy() for run in arms[title]]
                     loss, dice = np.mean(curve, axis=0).T
                     before = -1 - max(len(loss) // 5, 1)
-                    values = [f"{loss[-1]:.3f}", f"{loss[before] - loss[-1]:+.3f}",
+                    values = [f"{loss[-1]:.3f}", f"{loss[0] - loss[-1]:.3f}", f"{loss[before] - loss[-1]:.3f}",
                               f"{dice[-1]:.3f}", f"{dice[-1] - dice[before]:+.3f}"]
                 for column, value in zip(columns, values, strict=True):
                     column.append(value)

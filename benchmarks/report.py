@@ -590,65 +590,74 @@ def of_arms(folder: Path, set_name: str, folds: Sequence[int]) -> dict[str, list
     return found
 
 
+def minus_plain(arms: dict[str, list[ArmRun]], title: str) -> list[str]:
+    """An arm minus the unguided one in the same folds: Dice, AJI and PQ with whole organs drawn, and Dice by fold.
+
+    The unguided arm itself has empty cells.
+    """
+    chosen = experiment("table3")
+    plain = chosen.arm(chosen.reference).title
+    if title == plain:
+        return [""] * 4
+    reference = {run.fold: run.rows for run in arms[plain]}
+    pairs = [(run.rows, reference[run.fold]) for run in arms[title]]
+    one, other = (pd.concat(rows, ignore_index=True) for rows in zip(*pairs, strict=True))
+    apart = paired(one, other, by_group=True).set_index("metric")
+    folds = ", ".join(f"{one['dice'].mean() - other['dice'].mean():+.3f}" for one, other in pairs)
+    return [*(span(apart.loc[metric]) for metric in ("dice", "aji", "pq")), folds]
+
+
+def mean_dice(runs: list[ArmRun]) -> str:
+    """The mean Dice of all images of some runs."""
+    return f"{np.concatenate([run.rows['dice'].to_numpy() for run in runs]).mean():.3f}"
+
+
 def lead() -> str:
     """NuInsSeg: the arms after 200, 600 and 1,200 steps, and each minus the unguided one in the same folds."""
-    plain = experiment("table3").arm(experiment("table3").reference).title
     by_steps = {steps: of_arms(folder, "nuinsseg", range(3)) for steps, folder in BY_STEPS.items()}
-    lines = [f"| arm | steps | folds | Dice | minus {plain}: Dice | AJI | PQ | Dice, fold by fold |", "|---" * 8 + "|"]
+    heads = ("arm", "steps", "folds", "Dice", "minus eU-Net3+: Dice", "AJI", "PQ", "Dice, fold by fold")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for title in dict.fromkeys(title for arms in by_steps.values() for title in arms):
         for steps, arms in by_steps.items():
-            if title not in arms:
-                continue
-            reference = {run.fold: run.rows for run in arms[plain]}
-            rows = pd.concat([run.rows for run in arms[title]], ignore_index=True)
-            cells = [f"{steps:,}", str(len(arms[title])), f"{rows['dice'].mean():.3f}"]
-            if title == plain:
-                cells += [""] * 4
-            else:
-                others = pd.concat([reference[run.fold] for run in arms[title]], ignore_index=True)
-                apart = paired(rows, others, by_group=True).set_index("metric")
-                cells += [span(apart.loc[metric]) for metric in ("dice", "aji", "pq")]
-                folds = (run.rows["dice"].mean() - reference[run.fold]["dice"].mean() for run in arms[title])
-                cells.append(", ".join(f"{value:+.3f}" for value in folds))
-            lines.append(f"| {title} | {' | '.join(cells)} |")
+            if title in arms:
+                cells = [f"{steps:,}", str(len(arms[title])), mean_dice(arms[title]), *minus_plain(arms, title)]
+                lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def twice() -> str:
     """CryoNuSeg: the arms trained in fp32 by an earlier version, and again in bf16; each minus eU-Net3+ of its kind."""
     kinds = [of_arms(folder, "cryonuseg", range(5)) for folder in (EARLIER / "experiments_fp32", ARMS)]
-    plain = experiment("table3").arm(experiment("table3").reference).title
-    heads = ("Dice, fp32", "bf16", f"Dice minus {plain}, fp32", "bf16", "AJI minus it, fp32", "bf16")
-    lines = [f"| arm | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    heads = ("arm", "Dice, fp32", "bf16", "Dice minus eU-Net3+, fp32", "bf16", "AJI minus it, fp32", "bf16")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for title in kinds[0]:
-        rows = [pd.concat([run.rows for run in arms[title]], ignore_index=True) for arms in kinds]
-        cells = [f"{part['dice'].mean():.3f}" for part in rows]
-        if title == plain:
-            cells += [""] * 4
-        else:
-            others = [pd.concat([run.rows for run in arms[plain]], ignore_index=True) for arms in kinds]
-            apart = [paired(*pair, by_group=True).set_index("metric") for pair in zip(rows, others, strict=True)]
-            cells += [span(part.loc[metric]) for metric in ("dice", "aji") for part in apart]
+        dice, aji, *_ = zip(*(minus_plain(arms, title) for arms in kinds), strict=True)
+        cells = [*(mean_dice(arms[title]) for arms in kinds), *dice, *aji]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def patches() -> str:
     """CryoNuSeg, fold 0: the arms trained on patches of 256 px, two at a time, beside eight of 128 px at a time."""
-    kinds = [of_arms(folder, "cryonuseg", [0]) for folder in (ARMS, RESULTS / "patches256")]
+    small, large = (of_arms(folder, "cryonuseg", [0]) for folder in (ARMS, RESULTS / "patches256"))
     lines = ["| arm | best validation Dice: 8 x 128 px / 2 x 256 px | its last 40 steps | Dice |",
              "|---" * 4 + "|"]
-    for title in kinds[-1]:
-        cells = []
-        for what in (
-            lambda rows, curve: f"{curve['val_dice'].max():.3f}",
-            lambda rows, curve: f"{curve['val_dice'].iloc[-1] - curve['val_dice'].iloc[-3]:+.3f}",
-            lambda rows, curve: f"{rows['dice'].mean():.3f}",
-        ):
-            runs = [kind[title][0] if title in kind else None for kind in kinds]
-            cells.append(" / ".join("–" if run is None else what(run.rows, run.curve) for run in runs))
+    for title in large:
+        runs = (small[title][0], large[title][0])
+        curves = [run.curve["val_dice"] for run in runs]
+        cells = [" / ".join(f"{curve.max():.3f}" for curve in curves),
+                 " / ".join(f"{curve.iloc[-1] - curve.iloc[-3]:+.3f}" for curve in curves),
+                 " / ".join(f"{run.rows['dice'].mean():.3f}" for run in runs)]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def at_the_end(runs: list[ArmRun]) -> list[str]:
+    """Loss and validation Dice at the end of some runs, and how far they moved; the mean of the runs."""
+    loss, dice = np.mean([run.curve[["train_loss", "val_dice"]].to_numpy() for run in runs], axis=0).T
+    before = -1 - max(len(loss) // 5, 1)
+    return [f"{loss[-1]:.3f}", f"{loss[0] - loss[-1]:.3f}", f"{loss[before] - loss[-1]:.3f}",
+            f"{dice[-1]:.3f}", f"{dice[-1] - dice[before]:+.3f}"]
 
 
 def levelling() -> str:
@@ -658,19 +667,9 @@ def levelling() -> str:
     for set_name, folders in (("cryonuseg", [ARMS]), ("nuinsseg", [BY_STEPS[600], BY_STEPS[1200]])):
         lengths = [of_arms(folder, set_name, range(5)) for folder in folders]
         for title in dict.fromkeys(title for arms in lengths for title in arms):
-            columns: list[list[str]] = [[] for _ in heads]
-            for arms in lengths:
-                if title not in arms:
-                    values = ["–"] * len(heads)
-                else:
-                    curve = [run.curve[["train_loss", "val_dice"]].to_numpy() for run in arms[title]]
-                    loss, dice = np.mean(curve, axis=0).T
-                    before = -1 - max(len(loss) // 5, 1)
-                    values = [f"{loss[-1]:.3f}", f"{loss[0] - loss[-1]:.3f}", f"{loss[before] - loss[-1]:.3f}",
-                              f"{dice[-1]:.3f}", f"{dice[-1] - dice[before]:+.3f}"]
-                for column, value in zip(columns, values, strict=True):
-                    column.append(value)
-            lines.append(f"| {set_name} | {title} | {' | '.join(' / '.join(column) for column in columns)} |")
+            values = [at_the_end(arms[title]) if title in arms else ["–"] * len(heads) for arms in lengths]
+            cells = (" / ".join(column) for column in zip(*values, strict=True))
+            lines.append(f"| {set_name} | {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
